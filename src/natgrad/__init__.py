@@ -1,1 +1,34 @@
-"""natgrad."""
+"""natgrad: train PyTorch networks with the natural gradient."""
+
+from natgrad.fisher import fisher
+from natgrad.fishers import (
+    EKFAC,
+    KFAC,
+    TEKFAC,
+    TKFAC,
+    Approximation,
+    Diagonal,
+    EigenCorrected,
+    ExactFisher,
+    TKFACExact,
+)
+from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "TEKFAC",
+    "TKFAC",
+    "Approximation",
+    "Bernoulli",
+    "Categorical",
+    "Diagonal",
+    "EigenCorrected",
+    "ExactFisher",
+    "Gaussian",
+    "Likelihood",
+    "TKFACExact",
+    "fisher",
+]

@@ -1,0 +1,68 @@
+"""What one layer saw on one batch: the only thing that an approximation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 25  # elements of per-example gradients held at once
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Layer inputs and output gradients of one batch.
+
+    * ``a`` (*groups, n, t, in): inputs, with the 1 of the bias appended, at the t positions where the weight is
+      used (patches of a convolution, tokens of a sequence, calls of a module; t = 1 for an ordinary layer);
+    * ``g`` (*groups, n, t, out): gradients of the *sum* of the loss terms at the layer's output (un-averaged);
+    * ``count``: number of loss terms; F = 1/count sum_n vec(DW_n) vec(DW_n)^T with DW_n = sum_t g_nt a_nt^T;
+    * ``rows``: number of positions (n t less the masked ones), the divisor of the input covariance.
+    """
+
+    a: Tensor
+    g: Tensor
+    count: float | Tensor
+    rows: float | Tensor
+
+    @cached_property
+    def flat_a(self) -> Tensor:
+        """``a`` with examples and positions as one dimension: (*groups, n t, in)."""
+        return self.a.flatten(-3, -2)
+
+    @cached_property
+    def flat_g(self) -> Tensor:
+        """``g`` with examples and positions as one dimension: (*groups, n t, out)."""
+        return self.g.flatten(-3, -2)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the weight is used at more than one position."""
+        return self.a.shape[-2] > 1
+
+    def weight_gradients(self) -> Iterator[Tensor]:
+        """Per-example gradients DW (*groups, n', out, in), in chunks of examples that fit in memory."""
+        size = self.a.shape[-1] * self.g.shape[-1] * max(1, self.a.shape[:-3].numel())
+        step = max(1, _CHUNK // size)
+        for a, g in zip(self.a.split(step, -3), self.g.split(step, -3), strict=True):
+            yield torch.einsum("...nto,...nti->...noi", g, a)
+
+    def second_moment(self) -> Tensor:
+        """sum_n DW_n^2, element by element (*groups, out, in); without per-example gradients if t = 1."""
+        if not self.shared:
+            return self.flat_g.square().mT @ self.flat_a.square()
+        return torch.stack([DW.square().sum(-3) for DW in self.weight_gradients()]).sum(0)
+
+    def project(self, left: Tensor, right: Tensor) -> Capture:
+        """The same examples in other coordinates: a @ right, g @ left, so that DW becomes left^T DW right."""
+        examples = self.a.shape[-3:-1]
+        a = (self.flat_a @ right.to(self.a.dtype)).unflatten(-2, examples)
+        g = (self.flat_g @ left.to(self.g.dtype)).unflatten(-2, examples)
+        return Capture(a, g, self.count, self.rows)
+
+    def to(self, dtype: torch.dtype) -> Capture:
+        """The same with ``a`` and ``g`` cast."""
+        return Capture(self.a.to(dtype), self.g.to(dtype), self.count, self.rows)

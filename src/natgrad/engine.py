@@ -1,0 +1,200 @@
+"""The engine: forward hooks that record what each layer saw, and with which output gradients.
+
+While ``armed``, a forward pass of the model leaves one :class:`Record` behind. With :class:`~natgrad.labels.Labels` the
+gradients are those of the model's own loss terms, sent backwards to the layer outputs alone when the model's forward
+ends: the user's graph stays, and ``.grad`` is never touched. Without, they are taken from the user's own backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from natgrad.capture import Capture
+from natgrad.labels import Labels
+from natgrad.layers import Layer
+
+Sharing = Literal["expand", "reduce"]
+
+
+@dataclass
+class Call:
+    """One call of one layer: its input, where its output stands in the graph, and the gradients there, one per seed."""
+
+    x: Tensor
+    edge: GradientEdge | None
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """One forward pass: the calls of every layer, and its loss terms.
+
+    ``terms``: weights (n, terms) of the loss terms, or the number of terms of one example. ``live``: whether the user's
+    backward pass has reached this forward pass. ``scale``: what the recorded gradients must be multiplied by.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    terms: Tensor | float = 1.0
+    live: bool = False
+    scale: float = 1.0
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
+        """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed."""
+        calls = self._reached(layer)
+        if not calls:
+            return
+        n = max(1, round(fraction * len(calls[0].x)))
+        a = torch.cat([layer.adapter.inputs(layer.module, call.x[:n]) for call in calls], -2)
+        for seed in range(len(calls[0].gradients)):
+            g = torch.cat(
+                [layer.adapter.outputs(layer.module, _gradient(layer, call, seed)[:n]) for call in calls], -2
+            )
+            a, g = (a, g.to(a.dtype)) if a.dtype.itemsize >= 4 else (a.float(), g.float())
+            yield self._capture(a, g if self.scale == 1.0 else g * self.scale, n, sharing)
+
+    def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
+        """u (n): sum_t g_nt^T V a_nt, along weights V = ``tensors``, of the first seed; in the dtype of V."""
+        total = None
+        for call in self._reached(layer):
+            y = layer.adapter.forward(layer.module, tensors, call.x.to(tensors[0].dtype))
+            u = (y * _gradient(layer, call, 0).to(y.dtype)).flatten(1).sum(-1, dtype=torch.float32)
+            total = u if total is None else total + u
+        return total if total is None else total * self.scale
+
+    def examples(self) -> int:
+        """The number of examples, by the first layer that recorded any."""
+        return next((call.x.shape[0] for calls in self.calls.values() for call in calls), 0)
+
+    def count(self, n: int | None = None) -> float | Tensor:
+        """The number of loss terms, of the first n examples."""
+        return self.terms[:n].sum() if isinstance(self.terms, Tensor) else self.terms * (n or self.examples())
+
+    def _reached(self, layer: Layer) -> list[Call]:
+        calls = [
+            call for call in self.calls.get(layer.name, ()) if any(g is not None for g in call.gradients)
+        ]
+        if len({len(call.x) for call in calls}) > 1:
+            raise ValueError(
+                f"layer {layer.name!r} was called with batches of different sizes in one forward pass; its examples "
+                "cannot be matched, so exclude it from the natural gradient"
+            )
+        return calls
+
+    def _capture(self, a: Tensor, g: Tensor, n: int, sharing: Sharing) -> Capture:
+        t = a.shape[-2]
+        rows: float | Tensor = float(n * t)
+        if isinstance(self.terms, Tensor):  # positions of the layer that belong to ignored terms do not count
+            kept = (self.terms[:n] > 0).to(a.dtype)
+            kept = kept if kept.shape[1] == t else kept.amax(1, keepdim=True).expand(-1, t)
+            a, rows = a * kept.unsqueeze(-1), kept.sum()
+        if sharing == "reduce" and t > 1:
+            a, g, rows = a.sum(-2, keepdim=True), g.mean(-2, keepdim=True), rows / t
+        return Capture(a, g, self.count(n), rows)
+
+
+class Engine:
+    """Records forward passes of ``model`` while ``armed``, for ``layers``, in training mode if ``only_training``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[Layer],
+        labels: Labels | None = None,
+        only_training: bool = True,
+    ) -> None:
+        self.armed = False
+        self.keep_inputs = False
+        self.labels = labels
+        self._only_training = only_training
+        self._records: list[Record] = []
+        self._current: Record | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._leave, with_kwargs=True),
+        ]
+        for layer in layers:
+            self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def everything(self) -> list[Record]:
+        """All records, which are then forgotten."""
+        records, self._records = self._records, []
+        return records
+
+    def take(self) -> list[Record]:
+        """The records that the user's backward pass reached; these and all others are then forgotten."""
+        return [record for record in self.everything() if record.live]
+
+    def discard(self, only_live: bool = False) -> None:
+        """Forget the records; with ``only_live`` keep those whose backward pass may still come."""
+        self._records = [record for record in self._records if only_live and not record.live]
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        recording = self.armed and torch.is_grad_enabled() and (model.training or not self._only_training)
+        self._current = Record() if recording else None
+
+    def _layer_hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self._current is None or not output.requires_grad:
+                return
+            call = Call(layer.adapter.batched(module, args[0].detach()), None)
+            if self.labels is None:
+                output.register_hook(_gather(self._current, call))
+            else:
+                call.edge = get_gradient_edge(output)
+            self._current.calls.setdefault(layer.name, []).append(call)
+
+        return hook
+
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        record, self._current = self._current, None
+        if record is None or not record.calls:
+            return
+        if self.keep_inputs:
+            record.inputs = (args, kwargs)
+        if self.labels is not None:
+            self._send_back(record, self.labels, self.labels.select(output))
+        self._records.append(record)
+
+    def _send_back(self, record: Record, labels: Labels, output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        calls = [call for layer_calls in record.calls.values() for call in layer_calls]
+        edges = [call.edge for call in calls if call.edge is not None]
+        plain = output.detach() if output.dtype.itemsize >= 4 else output.detach().float()
+        record.terms = labels.terms(plain)
+        for seed in labels.seeds(plain):
+            seed = seed.to(output.dtype)
+            gradients = torch.autograd.grad(output, edges, seed, retain_graph=True, allow_unused=True)
+            for call, gradient in zip(calls, gradients, strict=True):
+                call.gradients.append(gradient)
+        for call in calls:
+            call.edge = None  # lets go of the graph
+        output.register_hook(lambda _: setattr(record, "live", True))
+
+
+def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        record.live = True
+        first = call.gradients[0] if call.gradients else None
+        call.gradients = [gradient.detach() if first is None else first + gradient.detach()]
+
+    return hook
+
+
+def _gradient(layer: Layer, call: Call, seed: int) -> Tensor:
+    gradient = call.gradients[seed]
+    if gradient is None:  # this seed does not reach the layer, another one does
+        gradient = torch.zeros_like(next(g for g in call.gradients if g is not None))
+    return layer.adapter.batched(layer.module, gradient)

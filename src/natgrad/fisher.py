@@ -1,0 +1,138 @@
+"""``natgrad.fisher``: the Fisher of a model over data, one structured matrix per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from natgrad.capture import Capture
+from natgrad.engine import Engine, Sharing
+from natgrad.fishers import Approximation, Stats, pool
+from natgrad.labels import Estimator, Labels, check_estimator
+from natgrad.layers import Layer, cover
+from natgrad.likelihood import Likelihood
+from natgrad.matrix import Blocks, Grouped, Matrix
+
+
+@torch.no_grad()
+def fisher(
+    model: nn.Module,
+    approximation: Approximation,
+    likelihood: Likelihood,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    estimator: Estimator = "exact",
+    draws: int = 1,
+    weight_sharing: Sharing = "expand",
+    seed: int = 0,
+) -> Blocks:
+    """F = 1/count sum_n E_y[vec(DW_n) vec(DW_n)^T] of every covered layer, under ``approximation``.
+
+    Undamped and un-averaged over time; over all the data, each batch weighing by its examples. The model is read in
+    ``eval()`` mode and left as it was.
+
+    Args:
+        model: any module; layers without an adapter and frozen ones are left out.
+        approximation: the structure, for example ``KFAC()``.
+        likelihood: what the outputs mean; decides the scale of the loss (mean over its terms).
+        batches: (inputs, targets) pairs; inputs may be a tensor, a tuple of positional or a dict of keyword arguments.
+            An approximation that measures in a basis (EKFAC) reads them twice; an iterator is then kept in memory.
+        estimator: ``"exact"`` (one backward pass per output direction), ``"sampled"`` (``draws`` labels from the model),
+            ``"empirical"`` (the targets; its scale is right only for a well-specified model).
+        draws: labels drawn per example by ``"sampled"``.
+        weight_sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023) for weights used at several positions.
+        seed: of the drawn labels.
+
+    Returns:
+        A mapping from layer name, as in ``named_modules``, to :class:`~natgrad.matrix.Matrix`, whose ``dense()`` is the
+        (out (in+1)) square matrix, weights row by row with the bias as the last column.
+
+    Raises:
+        ValueError: on an unknown estimator, data that do not fit, no data, or no layer to cover.
+    """
+    _check(estimator, draws, weight_sharing)
+    layers = cover(model).layers
+    if not layers:
+        raise ValueError("the model has no layer that an adapter covers")
+    for layer in layers.values():
+        approximation.check(layer.name, layer.shape)
+    labels = Labels(likelihood, estimator, draws)
+    if approximation.corrects and isinstance(batches, Iterator):
+        batches = list(batches)
+    engine = Engine(model, layers.values(), labels, only_training=False)
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        matrices = _estimate(engine, model, approximation, batches, layers, weight_sharing, seed)
+    finally:
+        engine.close()
+        for module, training in was_training.items():
+            module.training = training
+    return Blocks({name: Grouped(M) if len(M.shape) == 3 else M for name, M in matrices.items()})
+
+
+def _estimate(
+    engine: Engine,
+    model: nn.Module,
+    approximation: Approximation,
+    batches: Iterable[tuple[Any, Any]],
+    layers: dict[str, Layer],
+    sharing: Sharing,
+    seed: int,
+) -> dict[str, Matrix]:
+    stats: dict[str, Stats] = {}
+    for layer, seen in _passes(engine, model, batches, layers, sharing, seed):
+        here = pool(approximation.observe(capture) for capture in seen)
+        stats[layer.name] = pool([stats[layer.name], here]) if layer.name in stats else here
+    if not stats:
+        raise ValueError("the batches are empty, or reach no covered layer")
+    matrices = {name: approximation.assemble(stats[name]) for name in layers if name in stats}
+    if approximation.corrects:
+        total = dict.fromkeys(matrices, 0.0)
+        for layer, seen in _passes(engine, model, batches, layers, sharing, seed):
+            weight = sum(float(capture.count) for capture in seen)
+            total[layer.name] += weight
+            decay = 1 - weight / total[layer.name] if weight else 1.0
+            matrices[layer.name] = approximation.correct(matrices[layer.name], seen, decay)
+    return matrices
+
+
+def _passes(
+    engine: Engine,
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    layers: dict[str, Layer],
+    sharing: Sharing,
+    seed: int,
+) -> Iterator[tuple[Layer, list[Capture]]]:
+    """Run the model over the data, and yield what each layer saw of each batch; the same random labels at each pass."""
+    assert engine.labels is not None
+    engine.labels.reseed(seed)
+    for inputs, targets in batches:
+        engine.labels.targets = targets
+        engine.armed = True
+        with torch.enable_grad():
+            _call(model, inputs)
+        engine.armed = False
+        for record in engine.everything():
+            for layer in layers.values():
+                seen = list(record.captures(layer, sharing))
+                if seen:
+                    yield layer, seen
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _check(estimator: str, draws: int, sharing: str) -> None:
+    check_estimator(estimator)
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {sharing!r}")
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws must be a whole number of at least 1, got {draws!r}")

@@ -1,0 +1,67 @@
+"""Which labels the Fisher is taken over: drawn from the model, all of them, or the true ones (methods: estimators)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihood import Likelihood
+
+Estimator = Literal["exact", "sampled", "empirical"]
+
+
+def check_estimator(estimator: str) -> str:
+    """The name itself, or a ``ValueError`` that lists the names."""
+    if estimator not in get_args(Estimator):
+        raise ValueError(
+            f"estimator must be one of {', '.join(map(repr, get_args(Estimator)))}, got {estimator!r}"
+        )
+    return estimator
+
+
+@dataclass
+class Labels:
+    """Output gradients for one forward pass: the likelihood, the estimator, and a generator of its own.
+
+    ``targets`` are the true labels of the coming forward pass, for the estimator ``"empirical"`` and for ignored terms.
+    """
+
+    likelihood: Likelihood
+    estimator: Estimator = "sampled"
+    draws: int = 1
+    targets: Tensor | None = None
+    generator: torch.Generator | None = None
+
+    def reseed(self, seed: int) -> None:
+        """Start the stream of random labels anew; on a CPU a batch draws the same labels whole or in parts."""
+        self._seed, self.generator = seed, None
+
+    def select(self, output: Any) -> Tensor:
+        """The tensor of logits or means in the model's output, detached copies of which the methods below read."""
+        return self.likelihood.select(output)
+
+    def terms(self, output: Tensor) -> Tensor | float:
+        """The weights (n, terms) of the loss terms, or the number of terms of one example if all weigh 1."""
+        weights = self.likelihood.weights(output, self.targets)
+        return float(self.likelihood.events(output).shape[1]) if weights is None else weights
+
+    def seeds(self, output: Tensor) -> Iterator[Tensor]:
+        """Gradients of the NLL sum in the output, one tensor per draw or direction; F is the mean over them."""
+        if self.estimator == "exact":
+            return self.likelihood.exact(output, self.targets)
+        if self.estimator == "sampled":
+            return self.likelihood.sampled(output, self.draws, self._stream(output.device), self.targets)
+        if self.targets is None:
+            raise ValueError("the empirical estimator needs targets")
+        return self.likelihood.empirical(output, self.targets)
+
+    def _stream(self, device: torch.device) -> torch.Generator:
+        if self.generator is None or self.generator.device != device:
+            self.generator = torch.Generator(device).manual_seed(self._seed)
+        return self.generator
+
+    _seed: int = 0

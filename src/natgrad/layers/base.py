@@ -1,0 +1,54 @@
+"""The adapter interface: how to read a layer's inputs, output gradients and weight as (in), (out) and (out, in)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Adapter(ABC):
+    """How one kind of layer computes s = W a. Adapters hold no state; every method gets the module.
+
+    The *block* of a layer is its weight as (*groups, out, in), with the bias as the last column if it is trained.
+    """
+
+    def has_bias(self, module: nn.Module) -> bool:
+        """Whether the block has a bias column."""
+        bias = getattr(module, "bias", None)
+        return isinstance(bias, nn.Parameter) and bias.requires_grad
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters of the block: the weight, and the bias if it is trained."""
+        weight, bias = module.weight, module.bias
+        return [weight, bias] if self.has_bias(module) else [weight]  # type: ignore[list-item]
+
+    @abstractmethod
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An input or output x with its example dimension first, which is added where the layer was called without."""
+
+    @abstractmethod
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer's input x as a (*groups, n, t, in), the 1 of the bias included."""
+
+    @abstractmethod
+    def outputs(self, module: nn.Module, y: Tensor) -> Tensor:
+        """A tensor y like the layer's output as (*groups, n, t, out)."""
+
+    @abstractmethod
+    def pack(self, module: nn.Module, tensors: list[Tensor]) -> Tensor:
+        """Tensors like ``parameters(module)`` as one block (*groups, out, in)."""
+
+    @abstractmethod
+    def unpack(self, module: nn.Module, block: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`pack`."""
+
+    @abstractmethod
+    def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
+        """The layer's output at input x with other weights (and no bias where ``tensors`` has none)."""
+
+
+def with_ones(a: Tensor, bias: bool) -> Tensor:
+    """``a`` with a last column of ones, if there is a bias."""
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1) if bias else a

@@ -1,0 +1,41 @@
+"""nn.Linear, with any leading dimensions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natgrad.layers.base import Adapter, with_ones
+
+
+class LinearAdapter(Adapter):
+    """s = W x + b on the last dimension; the first dimension is the example, those between are positions."""
+
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
+        """(n, ..., in)."""
+        return x if x.ndim > 1 else x.unsqueeze(0)
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """(n, t, in)."""
+        return with_ones(_positions(x), self.has_bias(module))
+
+    def outputs(self, module: nn.Module, y: Tensor) -> Tensor:
+        """(n, t, out)."""
+        return _positions(y)
+
+    def pack(self, module: nn.Module, tensors: list[Tensor]) -> Tensor:
+        """[W | b]."""
+        return tensors[0] if len(tensors) == 1 else torch.cat([tensors[0], tensors[1].unsqueeze(-1)], -1)
+
+    def unpack(self, module: nn.Module, block: Tensor) -> list[Tensor]:
+        """W and b, as views."""
+        return [block[..., :-1], block[..., -1]] if self.has_bias(module) else [block]
+
+    def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, *tensors)
+
+
+def _positions(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,0 +1,28 @@
+"""Structured symmetric positive semi-definite matrices acting on weight-shaped tensors."""
+
+from natgrad.matrix.base import LinearMap, Matrix
+from natgrad.matrix.blocks import Blocks, Grouped
+from natgrad.matrix.damping import Factored, Relative, Tikhonov, Unit
+from natgrad.matrix.dense import Dense
+from natgrad.matrix.diagonal import Diagonal
+from natgrad.matrix.factorise import FactorisationError
+from natgrad.matrix.kronecker import Kronecker
+from natgrad.matrix.low_rank import LowRank
+from natgrad.matrix.spectral import Spectral
+
+__all__ = [
+    "Blocks",
+    "Dense",
+    "Diagonal",
+    "FactorisationError",
+    "Factored",
+    "Grouped",
+    "Kronecker",
+    "LinearMap",
+    "LowRank",
+    "Matrix",
+    "Relative",
+    "Spectral",
+    "Tikhonov",
+    "Unit",
+]

@@ -1,0 +1,102 @@
+"""Damping rules: how a matrix and a number ``damping`` become an inverse.
+
+A rule is a value that a matrix carries; ``matrix.inverse(damping)`` follows it. With lambda = damping:
+
+* :class:`Tikhonov`: (F + lambda I)^-1, exactly.
+* :class:`Factored`: (G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1 (Martens and Grosse 2015, section 6.3);
+  it equals (F + pi sqrt(lambda) G kron I + sqrt(lambda)/pi I kron A + lambda I)^-1.
+* :class:`Unit`: the same with pi = 1, TKFAC's "normal" damping (Gao et al. 2021, eq. 5.14-5.15).
+* :class:`Relative`: any of them with lambda times the mean eigenvalue of the block (TEKFAC eq. 3.4-3.5 at lambda = 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from natgrad.matrix.base import LinearMap, check_damping
+from natgrad.matrix.factorise import cholesky_inverse
+
+if TYPE_CHECKING:
+    from natgrad.matrix.kronecker import Kronecker
+    from natgrad.matrix.spectral import Spectral
+
+
+class SpectralRule(Protocol):
+    """A rule that a spectral matrix can carry."""
+
+    def shift(self, values: Tensor, damping: float) -> Tensor | float:
+        """What is added to the eigenvalues ``values`` (*groups, out, in)."""
+
+
+class KroneckerRule(Protocol):
+    """A rule that a Kronecker product can carry."""
+
+    def invert(self, matrix: Kronecker, damping: float) -> LinearMap:
+        """The damped inverse of ``matrix``."""
+
+
+@dataclass(frozen=True)
+class Tikhonov:
+    """(F + lambda I)^-1, through the eigenbasis."""
+
+    def shift(self, values: Tensor, damping: float) -> Tensor | float:
+        """lambda, for every eigenvalue."""
+        return check_damping(damping)
+
+    def invert(self, matrix: Kronecker, damping: float) -> Spectral:
+        """(G kron A + lambda I)^-1 in the eigenbasis of G and A."""
+        return matrix.spectral().inverse(damping)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """sqrt(lambda) on each factor, balanced by pi = sqrt((tr A / in) / (tr G / out)), 1 where that is 0 or not finite."""
+
+    def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
+        """(G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1."""
+        return _invert(matrix, self.ratio(matrix), damping)
+
+    def ratio(self, matrix: Kronecker) -> Tensor:
+        """pi, of shape (*groups): the choice that minimises the trace norm of the two cross terms."""
+        pi = (_mean_eigenvalue(matrix.right) / _mean_eigenvalue(matrix.left)).sqrt()
+        return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """sqrt(lambda) on each factor, pi = 1."""
+
+    def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
+        """(G + sqrt(lambda) I)^-1 kron (A + sqrt(lambda) I)^-1."""
+        return _invert(matrix, torch.ones_like(matrix.trace()), damping)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """``rule`` with lambda_l = damping * max(mean eigenvalue of the block, floor)."""
+
+    rule: Factored | Unit | Tikhonov = Tikhonov()
+    floor: float = 1e-8
+
+    def shift(self, values: Tensor, damping: float) -> Tensor:
+        """damping times the mean of the eigenvalues, for each group (*groups, 1, 1)."""
+        return check_damping(damping) * values.mean((-2, -1), keepdim=True).clamp(min=self.floor)
+
+    def invert(self, matrix: Kronecker, damping: float) -> LinearMap:
+        """The inverse by ``rule``; groups share the mean of their mean eigenvalues."""
+        scale = float((matrix.trace() / (matrix.shape[-1] * matrix.shape[-2])).mean().clamp(min=self.floor))
+        return self.rule.invert(matrix, check_damping(damping) * scale)
+
+
+def _invert(matrix: Kronecker, pi: Tensor, damping: float) -> Kronecker:
+    root = check_damping(damping) ** 0.5
+    left, right = cholesky_inverse(matrix.left, root / pi), cholesky_inverse(matrix.right, root * pi)
+    return type(matrix)(left, right, rule=matrix.rule)
+
+
+def _mean_eigenvalue(X: Tensor) -> Tensor:
+    return X.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -1,0 +1,40 @@
+"""Cholesky inverse and eigendecomposition that fail loudly: with a message, never with a NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FactorisationError(RuntimeError):
+    """A factor could not be factorised: not finite, or not positive definite after damping."""
+
+
+def shifted(X: Tensor, shift: Tensor | float) -> Tensor:
+    """X + shift I for X (..., d, d) and shift of shape (...)."""
+    result = X.clone()
+    diagonal = result.diagonal(dim1=-2, dim2=-1)
+    diagonal += shift.unsqueeze(-1) if isinstance(shift, Tensor) else shift
+    return result
+
+
+def cholesky_inverse(X: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """(X + shift I)^-1 for symmetric X (..., d, d), through Cholesky: d^3 flops."""
+    factor, info = torch.linalg.cholesky_ex(shifted(X, shift))
+    inverse = torch.cholesky_inverse(factor)
+    if info.any() or not torch.isfinite(inverse).all():
+        raise FactorisationError(
+            f"a factor of shape {tuple(X.shape)} is not positive definite with this damping"
+        )
+    return inverse
+
+
+def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., d), clamped at 0, and eigenvectors (..., d, d) of symmetric PSD X: 9 to 25 d^3 flops."""
+    if not torch.isfinite(X).all():
+        raise FactorisationError(f"a factor of shape {tuple(X.shape)} is not finite")
+    try:
+        values, vectors = torch.linalg.eigh(X)
+    except torch.linalg.LinAlgError as error:
+        raise FactorisationError(f"eigh of a factor of shape {tuple(X.shape)} did not converge") from error
+    return values.clamp(min=0), vectors

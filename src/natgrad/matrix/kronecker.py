@@ -1,0 +1,59 @@
+"""The Kronecker product of an output factor and an input factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.matrix.base import Matrix
+from natgrad.matrix.damping import Factored, KroneckerRule
+from natgrad.matrix.factorise import eigh
+from natgrad.matrix.spectral import Spectral
+
+
+@dataclass(frozen=True)
+class Kronecker(Matrix):
+    """G kron A, which acts as ``M -> G M A`` (both factors symmetric).
+
+    ``left`` is G (*groups, out, out), ``right`` is A (*groups, in, in), ``rule`` the damping of :meth:`inverse`.
+    A product costs 2 out in (out + in) flops.
+    """
+
+    left: Tensor
+    right: Tensor
+    rule: KroneckerRule = Factored()
+
+    @property
+    def shape(self) -> torch.Size:
+        """(*groups, out, in)."""
+        return torch.Size((*self.left.shape[:-1], self.right.shape[-1]))
+
+    def __matmul__(self, M: Tensor) -> Tensor:
+        """G M A."""
+        return (self.left @ M.to(self.left.dtype) @ self.right).to(M.dtype)
+
+    def dense(self) -> Tensor:
+        """kron(G, A)."""
+        size = self.shape[-1] * self.shape[-2]
+        return torch.einsum("...op,...ij->...oipj", self.left, self.right).reshape(
+            *self.shape[:-2], size, size
+        )
+
+    def inverse(self, damping: float) -> Kronecker | Spectral:
+        """The inverse under ``rule``; by default sqrt(damping) on each factor, balanced by their traces."""
+        return self.rule.invert(self, damping)  # type: ignore[return-value]
+
+    def trace(self) -> Tensor:
+        """tr(G) tr(A)."""
+        return _trace(self.left) * _trace(self.right)
+
+    def spectral(self) -> Spectral:
+        """The same matrix in its eigenbasis, exactly: 9 to 25 (out^3 + in^3) flops."""
+        (g, Q_G), (a, Q_A) = eigh(self.left), eigh(self.right)
+        return Spectral(Q_G, Q_A, g.unsqueeze(-1) * a.unsqueeze(-2))
+
+
+def _trace(X: Tensor) -> Tensor:
+    return X.diagonal(dim1=-2, dim2=-1).sum(-1)
