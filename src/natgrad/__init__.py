@@ -13,6 +13,15 @@ from natgrad.fishers import (
     TKFACExact,
 )
 from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
+from natgrad.optim import (
+    Constant,
+    ExactQuadraticModel,
+    KLLimit,
+    LevenbergMarquardt,
+    NaturalGradient,
+    QuadraticModel,
+    StepSize,
+)
 
 __version__ = "0.1.0"
 
@@ -24,11 +33,18 @@ __all__ = [
     "Approximation",
     "Bernoulli",
     "Categorical",
+    "Constant",
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
+    "ExactQuadraticModel",
     "Gaussian",
+    "KLLimit",
+    "LevenbergMarquardt",
     "Likelihood",
+    "NaturalGradient",
+    "QuadraticModel",
+    "StepSize",
     "TKFACExact",
     "fisher",
 ]

@@ -53,18 +53,17 @@ class Record:
         n = max(1, round(fraction * len(calls[0].x)))
         a = torch.cat([layer.adapter.inputs(layer.module, call.x[:n]) for call in calls], -2)
         for seed in range(len(calls[0].gradients)):
-            g = torch.cat(
-                [layer.adapter.outputs(layer.module, _gradient(layer, call, seed)[:n]) for call in calls], -2
-            )
+            g = torch.cat([layer.adapter.outputs(layer.module, _gradient(layer, call, seed)[:n]) for call in calls], -2)
             a, g = (a, g.to(a.dtype)) if a.dtype.itemsize >= 4 else (a.float(), g.float())
             yield self._capture(a, g if self.scale == 1.0 else g * self.scale, n, sharing)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
-        """u (n): sum_t g_nt^T V a_nt, along weights V = ``tensors``, of the first seed; in the dtype of V."""
+        """u (seeds, n): sum_t g_nt^T V a_nt along weights V = ``tensors``; products run in the dtype of V."""
         total = None
         for call in self._reached(layer):
-            y = layer.adapter.forward(layer.module, tensors, call.x.to(tensors[0].dtype))
-            u = (y * _gradient(layer, call, 0).to(y.dtype)).flatten(1).sum(-1, dtype=torch.float32)
+            y = layer.adapter.forward(layer.module, tensors, call.x.to(tensors[0].dtype)).flatten(1)
+            gradients = [_gradient(layer, call, seed).flatten(1).to(y.dtype) for seed in range(len(call.gradients))]
+            u = torch.stack([(y * g).sum(-1, dtype=torch.promote_types(y.dtype, torch.float32)) for g in gradients])
             total = u if total is None else total + u
         return total if total is None else total * self.scale
 
@@ -77,9 +76,7 @@ class Record:
         return self.terms[:n].sum() if isinstance(self.terms, Tensor) else self.terms * (n or self.examples())
 
     def _reached(self, layer: Layer) -> list[Call]:
-        calls = [
-            call for call in self.calls.get(layer.name, ()) if any(g is not None for g in call.gradients)
-        ]
+        calls = [call for call in self.calls.get(layer.name, ()) if any(g is not None for g in call.gradients)]
         if len({len(call.x) for call in calls}) > 1:
             raise ValueError(
                 f"layer {layer.name!r} was called with batches of different sizes in one forward pass; its examples "
@@ -90,12 +87,16 @@ class Record:
     def _capture(self, a: Tensor, g: Tensor, n: int, sharing: Sharing) -> Capture:
         t = a.shape[-2]
         rows: float | Tensor = float(n * t)
-        if isinstance(self.terms, Tensor):  # positions of the layer that belong to ignored terms do not count
-            kept = (self.terms[:n] > 0).to(a.dtype)
-            kept = kept if kept.shape[1] == t else kept.amax(1, keepdim=True).expand(-1, t)
-            a, rows = a * kept.unsqueeze(-1), kept.sum()
+        used: float | Tensor = float(t)  # positions of each example
+        examples: float | Tensor = float(n)
+        if isinstance(self.terms, Tensor):  # positions that neither are a loss term nor act on one do not count
+            term = self.terms[:n] > 0
+            term = term if term.shape[1] == t else term.any(1, keepdim=True)
+            kept = (term | (g != 0).any(-1).reshape(-1, n, t).any(0)).to(a.dtype)
+            a, rows, examples = a * kept.unsqueeze(-1), kept.sum(), kept.amax(1).sum()
+            used = kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
-            a, g, rows = a.sum(-2, keepdim=True), g.mean(-2, keepdim=True), rows / t
+            a, g, rows = a.sum(-2, keepdim=True), g.sum(-2, keepdim=True) / used, examples
         return Capture(a, g, self.count(n), rows)
 
 

@@ -40,8 +40,8 @@ def fisher(
         likelihood: what the outputs mean; decides the scale of the loss (mean over its terms).
         batches: (inputs, targets) pairs; inputs may be a tensor, a tuple of positional or a dict of keyword arguments.
             An approximation that measures in a basis (EKFAC) reads them twice; an iterator is then kept in memory.
-        estimator: ``"exact"`` (one backward pass per output direction), ``"sampled"`` (``draws`` labels from the model),
-            ``"empirical"`` (the targets; its scale is right only for a well-specified model).
+        estimator: ``"exact"`` (one backward pass per output direction), ``"sampled"`` (``draws`` labels from the
+            model), ``"empirical"`` (the targets; its scale is right only for a well-specified model).
         draws: labels drawn per example by ``"sampled"``.
         weight_sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023) for weights used at several positions.
         seed: of the drawn labels.
@@ -92,7 +92,7 @@ def _estimate(
     matrices = {name: approximation.assemble(stats[name]) for name in layers if name in stats}
     if approximation.corrects:
         total = dict.fromkeys(matrices, 0.0)
-        for layer, seen in _passes(engine, model, batches, layers, sharing, seed):
+        for layer, seen in _passes(engine, model, batches, layers, "expand", seed):  # eigenvalues are those of F
             weight = sum(float(capture.count) for capture in seen)
             total[layer.name] += weight
             decay = 1 - weight / total[layer.name] if weight else 1.0

@@ -17,9 +17,7 @@ Estimator = Literal["exact", "sampled", "empirical"]
 def check_estimator(estimator: str) -> str:
     """The name itself, or a ``ValueError`` that lists the names."""
     if estimator not in get_args(Estimator):
-        raise ValueError(
-            f"estimator must be one of {', '.join(map(repr, get_args(Estimator)))}, got {estimator!r}"
-        )
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, get_args(Estimator)))}, got {estimator!r}")
     return estimator
 
 
@@ -45,8 +43,8 @@ class Labels:
         return self.likelihood.select(output)
 
     def terms(self, output: Tensor) -> Tensor | float:
-        """The weights (n, terms) of the loss terms, or the number of terms of one example if all weigh 1."""
-        weights = self.likelihood.weights(output, self.targets)
+        """What each loss term (n, terms) counts, or the number of terms of one example if all count 1."""
+        weights = self.likelihood.counted(output, self.targets)
         return float(self.likelihood.events(output).shape[1]) if weights is None else weights
 
     def seeds(self, output: Tensor) -> Iterator[Tensor]:

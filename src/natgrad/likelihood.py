@@ -1,7 +1,7 @@
 """Likelihoods: what a model's output means, so that labels can be drawn from the model itself.
 
-A likelihood turns the output f of the model into *seeds*: gradients of the negative log-likelihood (NLL) with respect to
-f, which the engine sends backwards through the network. Three kinds, all with F = 1/count sum seed seed^T pulled back:
+A likelihood turns the output f of the model into *seeds*: gradients of the negative log-likelihood (NLL) with respect
+to f, which the engine sends backwards through the network. Three kinds, F = 1/count sum seed seed^T pulled back:
 
 * ``sampled``: labels drawn from p(y | f);  * ``exact``: the columns of S with S S^T = Hessian of the NLL in f;
 * ``empirical``: the true labels.
@@ -40,13 +40,12 @@ class Likelihood(ABC):
         try:
             found = _look_up(output, self.output)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self!r}: no output at {self.output!r} in a {type(output).__name__}"
-            ) from error
+            raise ValueError(f"{self!r}: no output at {self.output!r} in a {type(output).__name__}") from error
         if not isinstance(found, Tensor):
             raise ValueError(
-                f"{type(self).__name__} needs a tensor of model outputs, got {type(found).__name__}; point at the tensor "
-                f"with output=, a key, an index or a function (for example {type(self).__name__}(output='logits'))"
+                f"{type(self).__name__} needs a tensor of model outputs, got {type(found).__name__}; point at the "
+                f"tensor with output=, a key, an index or a function "
+                f"(for example {type(self).__name__}(output='logits'))"
             )
         if not found.is_floating_point() or found.ndim == 0:
             raise ValueError(
@@ -71,6 +70,10 @@ class Likelihood(ABC):
         """The weight (n, terms) of each loss term, 0 where it is ignored; ``None`` if all are 1."""
         return None
 
+    def counted(self, output: Tensor, targets: Tensor | None) -> Tensor | None:
+        """What each loss term adds to the divisor of a mean loss: by default its weight."""
+        return self.weights(output, targets)
+
     def scale(self, output: Tensor) -> float:
         """The loss as a multiple of the NLL."""
         return 1.0
@@ -92,7 +95,7 @@ class Likelihood(ABC):
         """The sum of the negative log-likelihoods of the terms, weighted, up to a constant; differentiable."""
 
     @abstractmethod
-    def hessian_product(self, output: Tensor, V: Tensor) -> Tensor:
+    def hessian_product(self, output: Tensor, V: Tensor, targets: Tensor | None = None) -> Tensor:
         """The Hessian of the loss (scale and weights included) in the output, times V, in the shape of the output."""
 
     # What the engine calls.
@@ -107,7 +110,7 @@ class Likelihood(ABC):
             yield self._seed(self.residual(output, draw.to(output.dtype)), output, targets)
 
     def exact(self, output: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
-        """terms * dim seeds, one per output direction of an example, each scaled so that their *mean* is the Hessian."""
+        """terms * dim seeds, one per output direction of an example, scaled so that their *mean* is the Hessian."""
         columns = self.factor(output)
         dim, _, terms, _ = columns.shape
         for term in range(terms):
@@ -125,9 +128,7 @@ class Likelihood(ABC):
         weights = self.weights(output, targets)
         if weights is not None:  # nll carries the weight, a seed its square root
             gradient = self.unevents(
-                self.events(gradient)
-                * weights.clamp(min=1e-30).rsqrt().unsqueeze(-1)
-                * (weights > 0).unsqueeze(-1),
+                self.events(gradient) * weights.clamp(min=1e-30).rsqrt().unsqueeze(-1) * (weights > 0).unsqueeze(-1),
                 output,
             )
         yield gradient * self.scale(output) ** 0.5
@@ -146,7 +147,8 @@ class Categorical(Likelihood):
     Loss terms are all other positions. ``label_smoothing``, ``weight`` (one per class) and ``ignore_index`` mean what
     they mean in ``torch.nn.functional.cross_entropy``. The Hessian of a term is w (diag p - p p^T), with w = 1 without
     class weights (label smoothing does not change it), else (1 - smoothing) weight[target] + smoothing mean(weight);
-    where targets are unknown their expectation under p. A weight also counts in the number of terms, as in torch's mean.
+    where targets are unknown their expectation under p. A term counts weight[target] in the number of terms, as in
+    torch's mean (which leaves smoothing out of the divisor).
     """
 
     class_dim: int = -1
@@ -163,11 +165,7 @@ class Categorical(Likelihood):
 
     def check(self, output: Tensor) -> None:
         """At least two classes, and as many as there are class weights."""
-        if (
-            output.ndim < 2
-            or not -output.ndim <= self.class_dim < output.ndim
-            or output.shape[self.class_dim] < 2
-        ):
+        if output.ndim < 2 or not -output.ndim <= self.class_dim < output.ndim or output.shape[self.class_dim] < 2:
             raise ValueError(
                 f"Categorical(class_dim={self.class_dim}) needs at least 2 classes, got an output of shape "
                 f"{tuple(output.shape)}; for one logit an example use Bernoulli"
@@ -193,23 +191,21 @@ class Categorical(Likelihood):
         return events.reshape(output.movedim(self.class_dim, -1).shape).movedim(-1, self.class_dim)
 
     def weights(self, output: Tensor, targets: Tensor | None) -> Tensor | None:
-        """Class weights of the targets, 0 where the target is ``ignore_index``."""
+        """(1 - smoothing) weight[target] + smoothing mean(weight), 0 where the target is ``ignore_index``."""
+        if self.weight is None:
+            return self.counted(output, targets)
+        everywhere = self.label_smoothing * self.weight.to(output).mean()
+        return self._unless_ignored((1 - self.label_smoothing) * self._chosen(output, targets) + everywhere, targets)
+
+    def counted(self, output: Tensor, targets: Tensor | None) -> Tensor | None:
+        """weight[target], 0 where the target is ``ignore_index``."""
         if self.ignore_index is not None and targets is None:
             raise ValueError(
                 "Categorical(ignore_index=...) needs to know the targets: call optimizer.targets(y) before the forward"
             )
         if self.weight is None and self.ignore_index is None:
             return None
-        events = self.events(output)
-        smoothing, class_weight = self.label_smoothing, self._class_weight(events)
-        if targets is None:
-            chosen = events.softmax(-1) @ class_weight
-        else:
-            chosen = class_weight[self._kept(targets).reshape(events.shape[:2])]
-        weights = (1 - smoothing) * chosen + smoothing * class_weight.mean()
-        if targets is None or self.ignore_index is None:
-            return weights
-        return weights * (targets != self.ignore_index).reshape(weights.shape)
+        return self._unless_ignored(self._chosen(output, targets), targets)
 
     def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
         """p - onehot(y)."""
@@ -237,18 +233,29 @@ class Categorical(Likelihood):
             label_smoothing=self.label_smoothing,
         )
 
-    def hessian_product(self, output: Tensor, V: Tensor) -> Tensor:
+    def hessian_product(self, output: Tensor, V: Tensor, targets: Tensor | None = None) -> Tensor:
         """w (p * v - p (p . v))."""
         p, v = self.events(output).softmax(-1), self.events(V)
         product = p * v - p * (p * v).sum(-1, keepdim=True)
-        weights = self.weights(output, None) if self.weight is not None else None
+        weights = self.weights(output, targets)
         return self.unevents(product if weights is None else product * weights.unsqueeze(-1), output)
+
+    def _chosen(self, output: Tensor, targets: Tensor | None) -> Tensor:
+        events = self.events(output)
+        class_weight = self._class_weight(events)
+        if targets is None:
+            return events.softmax(-1) @ class_weight
+        self.check_targets(output, targets)
+        kept = targets if self.ignore_index is None else targets.masked_fill(targets == self.ignore_index, 0)
+        return class_weight[kept.reshape(events.shape[:2])]
+
+    def _unless_ignored(self, weights: Tensor, targets: Tensor | None) -> Tensor:
+        if targets is None or self.ignore_index is None:
+            return weights
+        return weights * (targets != self.ignore_index).reshape(weights.shape)
 
     def _class_weight(self, events: Tensor) -> Tensor:
         return torch.ones_like(events[0, 0]) if self.weight is None else self.weight.to(events)
-
-    def _kept(self, targets: Tensor) -> Tensor:
-        return targets if self.ignore_index is None else targets.masked_fill(targets == self.ignore_index, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,21 +285,20 @@ class _Elementwise(Likelihood):
         """The shape of the output."""
         if targets.shape != output.shape:
             raise ValueError(
-                f"{type(self).__name__} needs targets of the output's shape {tuple(output.shape)}, got {tuple(targets.shape)}"
+                f"{type(self).__name__} needs targets of the output's shape {tuple(output.shape)}, "
+                f"got {tuple(targets.shape)}"
             )
 
     def factor(self, output: Tensor) -> Tensor:
         """sqrt(h_c) e_c, h the diagonal Hessian."""
         h = self.curvature(self.events(output))
-        return (
-            h.sqrt().unsqueeze(0) * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)[:, None, None, :]
-        )
+        return h.sqrt().unsqueeze(0) * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)[:, None, None, :]
 
     def scale(self, output: Tensor) -> float:
         """1, or 1/dim under the mean."""
         return 1.0 if self.reduction == "sum" else 1.0 / self.events(output).shape[-1]
 
-    def hessian_product(self, output: Tensor, V: Tensor) -> Tensor:
+    def hessian_product(self, output: Tensor, V: Tensor, targets: Tensor | None = None) -> Tensor:
         """h * v."""
         return self.scale(output) * self.curvature(output) * V
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,14 +63,21 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     return None
 
 
-def cover(model: nn.Module) -> Coverage:
-    """Find the layers of ``model`` that have an adapter, and say why the other parameters have none."""
+def cover(model: nn.Module, exclude: Iterable[str] = ()) -> Coverage:
+    """Find the layers of ``model`` that have an adapter, and say why the other parameters have none.
+
+    ``exclude`` names modules that are left out with all they contain; ``ValueError`` for a name that is none.
+    """
+    excluded = set(exclude)
+    unknown = excluded - {name for name, _ in model.named_modules()}
+    if unknown:
+        raise ValueError(f"exclude names no module of the model: {', '.join(sorted(unknown))}")
     uses: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(parameter, []).append(name)
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        adapter = adapter_of(module)
+        adapter = None if _within(name, excluded) else adapter_of(module)
         weight = module._parameters.get("weight")
         if adapter and isinstance(weight, nn.Parameter) and weight.requires_grad:
             layer = Layer(name, module, adapter)
@@ -77,10 +85,16 @@ def cover(model: nn.Module) -> Coverage:
                 layers[name] = layer
     covered = {id(p) for layer in layers.values() for p in layer.parameters}
     left = {names[0]: p for p, names in uses.items() if p.requires_grad and id(p) not in covered}
-    return Coverage(layers, {name: _reason(model, name, uses[p]) for name, p in left.items()})
+    return Coverage(layers, {name: _reason(model, name, uses[p], excluded) for name, p in left.items()})
 
 
-def _reason(model: nn.Module, name: str, names: list[str]) -> str:
+def _within(name: str, excluded: set[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in excluded)
+
+
+def _reason(model: nn.Module, name: str, names: list[str], excluded: set[str]) -> str:
+    if _within(name, excluded):
+        return "excluded"
     if len(names) > 1:
         return f"one parameter in several places: {', '.join(names)}"
     module = model.get_submodule(name.rpartition(".")[0])

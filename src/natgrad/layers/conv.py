@@ -61,7 +61,7 @@ class ConvAdapter(Adapter):
         """The convolution with these weights."""
         assert isinstance(module, _ConvNd)
         bias = tensors[1] if len(tensors) == 2 else None
-        return module._conv_forward(x, tensors[0], bias)  # type: ignore[operator]
+        return module._conv_forward(x, tensors[0], bias)
 
 
 def _split(a: Tensor, groups: int) -> Tensor:

@@ -28,7 +28,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The matrix (*groups, out * in, out * in) in row-major order: ``dense() @ M.flatten() = (self @ M).flatten()``."""
+        """The matrix (*groups, out * in, out * in), row-major: ``dense() @ M.flatten() = (self @ M).flatten()``."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensor fields by name; with :meth:`with_tensors` the way in and out of a checkpoint."""

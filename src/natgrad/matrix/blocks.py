@@ -43,7 +43,7 @@ class GroupedMap(LinearMap):
 
 @dataclass(frozen=True)
 class Grouped(GroupedMap, Matrix):
-    """A matrix (groups, out, in) of the groups of a convolution, seen as one block-diagonal matrix on (groups * out, in)."""
+    """A matrix (groups, out, in) of the groups of a convolution, seen as a block-diagonal one on (groups * out, in)."""
 
     inner: Matrix
 

@@ -54,7 +54,7 @@ class Tikhonov:
 
 @dataclass(frozen=True)
 class Factored:
-    """sqrt(lambda) on each factor, balanced by pi = sqrt((tr A / in) / (tr G / out)), 1 where that is 0 or not finite."""
+    """sqrt(lambda) on each factor, balanced by pi = sqrt((tr A / in) / (tr G / out)), or 1 where that has no value."""
 
     def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
         """(G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1."""
@@ -62,7 +62,7 @@ class Factored:
 
     def ratio(self, matrix: Kronecker) -> Tensor:
         """pi, of shape (*groups): the choice that minimises the trace norm of the two cross terms."""
-        pi = (_mean_eigenvalue(matrix.right) / _mean_eigenvalue(matrix.left)).sqrt()
+        pi = _mean_eigenvalue(matrix.right).sqrt() / _mean_eigenvalue(matrix.left).sqrt()  # the ratio may overflow
         return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
 
 

@@ -21,12 +21,11 @@ def shifted(X: Tensor, shift: Tensor | float) -> Tensor:
 def cholesky_inverse(X: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     """(X + shift I)^-1 for symmetric X (..., d, d), through Cholesky: d^3 flops."""
     factor, info = torch.linalg.cholesky_ex(shifted(X, shift))
-    inverse = torch.cholesky_inverse(factor)
-    if info.any() or not torch.isfinite(inverse).all():
-        raise FactorisationError(
-            f"a factor of shape {tuple(X.shape)} is not positive definite with this damping"
-        )
-    return inverse
+    if ((info == 0).all() & torch.isfinite(factor).all()).item():  # an infinite factor would have the inverse 0
+        inverse = torch.cholesky_inverse(factor)
+        if torch.isfinite(inverse).all():
+            return inverse
+    raise FactorisationError(f"a factor of shape {tuple(X.shape)} is not positive definite with this damping")
 
 
 def eigh(X: Tensor) -> tuple[Tensor, Tensor]:

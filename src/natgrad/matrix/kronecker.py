@@ -37,9 +37,7 @@ class Kronecker(Matrix):
     def dense(self) -> Tensor:
         """kron(G, A)."""
         size = self.shape[-1] * self.shape[-2]
-        return torch.einsum("...op,...ij->...oipj", self.left, self.right).reshape(
-            *self.shape[:-2], size, size
-        )
+        return torch.einsum("...op,...ij->...oipj", self.left, self.right).reshape(*self.shape[:-2], size, size)
 
     def inverse(self, damping: float) -> Kronecker | Spectral:
         """The inverse under ``rule``; by default sqrt(damping) on each factor, balanced by their traces."""

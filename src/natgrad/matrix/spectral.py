@@ -43,10 +43,7 @@ class Spectral(Matrix):
 
     def inverse(self, damping: float) -> Spectral:
         """(F + damping I)^-1 by the default rule; costs one pass over the eigenvalues, and shares the basis."""
-        shifted = self.values + self.rule.shift(self.values, damping)
-        if not (shifted > 0).all():
-            raise FactorisationError(f"a block of shape {tuple(self.shape)} is singular: give a damping > 0")
-        return Spectral(self.left, self.right, shifted.reciprocal(), self.rule)
+        return self._with_values(self.values + self.rule.shift(self.values, damping), -1.0)
 
     def trace(self) -> Tensor:
         """The sum of the eigenvalues."""
@@ -54,7 +51,12 @@ class Spectral(Matrix):
 
     def power(self, exponent: float, damping: float = 0.0) -> Spectral:
         """(F + damping I)^exponent."""
-        return Spectral(self.left, self.right, (self.values + check_damping(damping)) ** exponent, self.rule)
+        return self._with_values(self.values + check_damping(damping), exponent)
+
+    def _with_values(self, shifted: Tensor, exponent: float) -> Spectral:
+        if exponent < 0 and not (shifted > 0).all():
+            raise FactorisationError(f"a block of shape {tuple(self.shape)} is singular: give a damping > 0")
+        return Spectral(self.left, self.right, shifted**exponent, self.rule)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(F + damping I), of shape (*groups)."""

@@ -1,0 +1,138 @@
+"""The curvature of one layer over time: statistics, matrix, damped inverse.
+
+A :class:`LayerCurvature` is a value: every update returns a new one, so that a step that turns out to be bad is undone by
+keeping the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from natgrad.capture import Capture
+from natgrad.fishers import Approximation, Mean, Stats, pool
+from natgrad.layers import Layer
+from natgrad.matrix import FactorisationError, LinearMap, Matrix
+
+_COUNTERS = ("observations", "failures", "retries", "refreshes")
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """``stats`` and ``matrix`` of a layer, and the ``inverse`` that preconditions its gradient.
+
+    ``observations`` counts the batches in the statistics; with 0 the others are placeholders of the right shape.
+    ``failures`` counts refreshes that failed in a row, ``retries`` all factorisations repeated in float64;
+    ``refreshes`` those that succeeded. ``applied`` is the inverse in the precision in which it is applied.
+    """
+
+    stats: Stats
+    matrix: Matrix
+    inverse: LinearMap
+    observations: int = 0
+    failures: int = 0
+    retries: int = 0
+    refreshes: int = 0
+    applied: LinearMap | None = None
+
+    @classmethod
+    def empty(cls, approximation: Approximation, layer: Layer) -> Self:
+        """A placeholder: what one example of zeros would give."""
+        weight = layer.parameters[0]
+        *groups, out, width = layer.shape
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a, g = (torch.zeros((*groups, 1, 1, size), dtype=dtype, device=weight.device) for size in (width, out))
+        stats = {name: Mean(mean.value) for name, mean in approximation.observe(Capture(a, g, 1.0, 1.0)).items()}
+        matrix = approximation.assemble(stats)
+        return cls(stats, matrix, matrix.inverse(1.0))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are statistics."""
+        return self.observations > 0
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether there is an inverse of something that was seen."""
+        return self.refreshes > 0
+
+    def observe(self, approximation: Approximation, seen: Sequence[Capture], decay: float) -> Self:
+        """Statistics with one more observation; the first ones weigh equally until ``decay`` is the larger weight."""
+        new = pool(approximation.observe(capture) for capture in seen)
+        decay = self._decay(decay)
+        return replace(self, stats=approximation.merge(self.stats, new, decay), observations=self.observations + 1)
+
+    def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
+        """The matrix with its cheap update by the same observation, and its inverse."""
+        previous = replace(self, observations=self.observations - 1)
+        matrix = approximation.correct(self.matrix, seen, previous._decay(decay))
+        return replace(self, matrix=matrix, inverse=matrix.inverse(damping), applied=None)
+
+    def prepared(self, dtype: torch.dtype | None) -> Self:
+        """With ``applied``, which every change of the inverse has emptied."""
+        if self.applied is not None:
+            return self
+        return replace(self, applied=self.inverse if dtype is None else self.inverse.to(dtype))
+
+    def refresh(self, approximation: Approximation, damping: float, name: str) -> Self:
+        """A new matrix and inverse; on failure again in float64, then the old ones stay, and the third time it raises."""
+        previous = self.matrix if self.refreshed else None
+        try:
+            return self._assembled(approximation, self.stats, previous, damping)
+        except FactorisationError as first:
+            error: FactorisationError = first
+        try:
+            double = {key: Mean(mean.value.double()) for key, mean in self.stats.items()}
+            wide = None if previous is None else previous.to(torch.float64)
+            renewed = self._assembled(approximation, double, wide, damping)
+            dtype = next(iter(self.stats.values())).total.dtype
+            narrow = replace(renewed, stats=self.stats, matrix=renewed.matrix.to(dtype), retries=self.retries + 1)
+            return replace(narrow, inverse=renewed.inverse.to(dtype), applied=None)
+        except FactorisationError as second:
+            error = second
+        if self.failures >= 2:
+            shapes = {key: tuple(mean.total.shape) for key, mean in self.stats.items()}
+            raise FactorisationError(f"layer {name!r}: three refreshes in a row failed; statistics {shapes}: {error}")
+        return replace(self, failures=self.failures + 1, retries=self.retries + 1)
+
+    def precondition(self, M: Tensor) -> Tensor:
+        """inverse @ M."""
+        return (self.applied or self.inverse) @ M
+
+    def _assembled(self, approximation: Approximation, stats: Stats, previous: Matrix | None, damping: float) -> Self:
+        matrix = approximation.assemble(stats, previous)
+        inverse = matrix.inverse(damping)
+        return replace(self, matrix=matrix, inverse=inverse, applied=None, failures=0, refreshes=self.refreshes + 1)
+
+    def _decay(self, decay: float) -> float:
+        return min(1 - 1 / (self.observations + 1), decay)
+
+    # In and out of a checkpoint.
+
+    def state(self) -> dict[str, Any]:
+        """Its tensors and counters under flat names."""
+        parts: dict[str, Any] = {f"stats.{name}": mean.total for name, mean in self.stats.items()}
+        parts |= {f"matrix.{name}": value for name, value in self.matrix.tensors().items()}
+        parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
+        return parts | {name: getattr(self, name) for name in _COUNTERS}
+
+    def with_state(self, state: dict[str, Any]) -> Self:
+        """The inverse of :meth:`state`, on a placeholder of the same approximation and layer."""
+
+        def tensors(kind: str) -> dict[str, Tensor]:
+            start = f"{kind}."
+            return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
+
+        counters = {name: int(state[name]) for name in _COUNTERS}
+        return replace(
+            self,
+            stats={name: Mean(value) for name, value in tensors("stats").items()},
+            matrix=self.matrix.with_tensors(tensors("matrix")),
+            inverse=self.inverse.with_tensors(tensors("inverse")),
+            applied=None,
+            **counters,
+        )

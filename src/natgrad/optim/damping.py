@@ -1,0 +1,62 @@
+"""Damping over time: constant, or adapted by how well the quadratic model predicts (Levenberg-Marquardt)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Less damping while the model predicts the loss well, more where it does not (Martens and Grosse 2015, section 6.5).
+
+    Every ``every`` steps lambda is multiplied by ``factor``^every where ratio = actual / predicted change of the loss is
+    above 3/4, and divided by it below 1/4. The actual change is estimated without a second pass: it is the mean of the
+    slopes along the step at its two ends, <M_t, delta> and <M_t+1, delta>, the latter on the *next* batch, so that a step
+    that only fitted the noise of its own batch is seen as one. Both changes are averaged over steps with ``decay``.
+
+    lambda stays in [``minimum``, ``maximum``]; the unit is that of F, the loss per squared parameter.
+    """
+
+    initial: float = 1.0
+    factor: float = 0.95
+    every: int = 5
+    decay: float = 0.8
+    minimum: float = 1e-3
+    maximum: float = 1e6
+
+    def __post_init__(self) -> None:
+        """Refuse settings outside their range."""
+        if not 0 < self.minimum <= self.initial <= self.maximum:
+            raise ValueError(f"need 0 < minimum <= initial <= maximum, got {self}")
+        if not (0 < self.factor <= 1 and 0 <= self.decay < 1 and self.every >= 1):
+            raise ValueError(f"need 0 < factor <= 1, 0 <= decay < 1 and every >= 1, got {self}")
+
+    def adapt(self, damping: float, ratio: float) -> float:
+        """The next lambda."""
+        change = self.factor**self.every
+        if ratio > 0.75:
+            damping *= change
+        elif ratio < 0.25:
+            damping /= change
+        return min(max(damping, self.minimum), self.maximum)
+
+
+@dataclass(frozen=True)
+class ConstantDamping:
+    """The same lambda at every step."""
+
+    initial: float
+    every: int = 1
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a damping that is not positive."""
+        if not 0 < self.initial < float("inf"):
+            raise ValueError(f"damping must be a finite number > 0, got {self.initial!r}")
+
+    def adapt(self, damping: float, ratio: float) -> float:
+        """lambda itself."""
+        return damping
+
+
+Damping = LevenbergMarquardt | ConstantDamping

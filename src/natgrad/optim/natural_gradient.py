@@ -1,0 +1,307 @@
+"""``NaturalGradient``: the optimizer that drops into an ordinary training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.engine import Engine, Record, Sharing
+from natgrad.fishers import KFAC, Approximation
+from natgrad.labels import Estimator, Labels
+from natgrad.layers import Layer, cover
+from natgrad.likelihood import Likelihood
+from natgrad.optim.adamw import DEFAULTS, adamw_step
+from natgrad.optim.cadence import Cadence
+from natgrad.optim.coverage import coverage_table
+from natgrad.optim.damping import Damping
+from natgrad.optim.directions import Directions
+from natgrad.optim.groups import build_groups
+from natgrad.optim.layerwise import Layerwise, State, blocks
+from natgrad.optim.step_size import Decision, QuadraticModel, StepSize, read_once
+from natgrad.optim.validate import as_damping, check_settings
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """Everything a step would change, computed before anything is."""
+
+    curvature: State
+    directions: Directions
+    decision: Decision
+    drift: float
+    lr: float
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """theta <- theta - lr (alpha D + mu P), with D = (F + damping I)^-1 grad for a structured F (Amari 1998)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        approximation: Approximation | None = None,
+        *,
+        likelihood: Likelihood | None = None,
+        estimator: Estimator | None = None,
+        draws: int = 1,
+        lr: float | None = None,
+        step_size: StepSize | None = None,
+        damping: float | Damping | None = None,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decay: float = 0.95,
+        observe_every: int = 2,
+        refresh_every: int = 10,
+        observe_fraction: float = 0.5,
+        staggered: bool = False,
+        weight_sharing: Sharing = "expand",
+        exclude: Iterable[str] = (),
+        groups: Iterable[Mapping[str, Any]] = (),
+        adamw: Mapping[str, Any] | None = None,
+        precision: torch.dtype | str = "auto",
+        grad_scaler: Any = None,
+        seed: int = 0,
+    ) -> None:
+        approximation = KFAC() if approximation is None else approximation
+        step_size = QuadraticModel() if step_size is None else step_size
+        estimator = estimator or ("empirical" if likelihood is None else "sampled")
+        lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
+        check_settings(locals())
+        found = cover(model, exclude)
+        cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
+        self._curvature = Layerwise(approximation, found.layers, cadence, decay, weight_sharing, precision)
+        for layer in found.layers.values():
+            approximation.check(layer.name, layer.shape)
+        natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(build_groups(model, found.layers, natural, adamw or {}, groups), natural)
+        self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
+        self.step_size, self.damping = step_size, as_damping(damping)
+        self.param_groups[0]["clock"] = _new_clock(self.damping.initial)
+        self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
+        self._now: State = {}
+        self._report: dict[str, float] = {}
+        labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
+        self._engine = Engine(model, found.layers.values(), labels)
+        self._engine.keep_inputs = step_size.needs_inputs
+        self._arm()
+
+    # What a user reads.
+
+    @property
+    def steps(self) -> int:
+        """The number of steps done, skipped ones included."""
+        return self._clock["steps"]
+
+    @property
+    def observe_every(self) -> int:
+        """Steps from one observation to the next."""
+        return self._curvature.cadence.observe_every
+
+    @property
+    def refresh_every(self) -> int:
+        """Steps from one refresh of the matrices to the next."""
+        return self._curvature.cadence.refresh_every
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers to log, of the last step and in total; reading them may wait for the device."""
+        gradients = [p.grad for layer in self.layers.values() for p in layer.parameters if p.grad is not None]
+        directions = [self.state[w]["momentum"] for w in self._weights() if "momentum" in self.state[w]]
+        return {
+            **{name: float(value) for name, value in self._clock.items()},
+            **self._report,
+            "gradient_norm": _norm(gradients),
+            "direction_norm": _norm(directions),
+            "retries": float(sum(c.retries for c in self._now.values())),
+            "failures": float(sum(c.failures for c in self._now.values())),
+        }
+
+    def targets(self, targets: Tensor | None) -> None:
+        """Tell the true labels of the coming forward pass; only a likelihood that ignores some of them needs it."""
+        if self._engine.labels is not None:
+            self._engine.labels.targets = targets
+
+    def __repr__(self) -> str:
+        return coverage_table(self.model, self.layers, self._now, self.uncovered)
+
+    # One step.
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget what was recorded for them."""
+        self._engine.discard(only_live=True)
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step, after evaluating the closure once if there is one. All is computed first, then applied or not.
+
+        A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
+        Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
+        """
+        loss = self._evaluate(closure)
+        proposal = self._propose(self._engine.take())
+        if proposal is None:
+            self._clock["skipped"] += 1
+            warnings.warn(f"step {self.steps} skipped: a gradient, an input or an output is not finite", stacklevel=2)
+        else:
+            self._apply(proposal)
+        self._clock["steps"] += 1
+        self._arm()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        if closure is None:
+            return None
+        try:
+            with torch.enable_grad():
+                return closure()
+        except BaseException:
+            self._engine.discard()
+            raise
+
+    def _propose(self, records: list[Record]) -> _Proposal | None:
+        self._rescale(records)
+        curvature = self._advance(records)
+        names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
+        directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
+        products = {"finite": self._rest_is_finite(names)}
+        if names:
+            products |= {"slope": directions.slope(), "drift": directions.drift()}
+            products |= self.step_size.products(directions, self._clock["damping"])
+        read = read_once(products)
+        if not all(math.isfinite(value) for value in read.values()):
+            return None
+        momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
+        decision = self.step_size.decide(read, lr, momentum) if names else Decision(0.0, 0.0)
+        return _Proposal(curvature, directions, decision, read.get("drift", 0.0), lr)
+
+    def _advance(self, records: list[Record]) -> State:
+        started = time.perf_counter()
+        state = self._now or self._curvature.empty()
+        advanced = self._curvature.advance(state, records, self.steps, self._clock["damping"])
+        if any(advanced[name].refreshes > state[name].refreshes for name in state):
+            self._report["refresh_seconds"] = time.perf_counter() - started
+        return advanced
+
+    def _directions(
+        self, layers: dict[str, Layer], curvature: State, records: list[Record]
+    ) -> tuple[Directions, float]:
+        """The directions of the step, and the learning rate that they all share: the largest of the groups."""
+        M = blocks(layers)
+        D = self._curvature.precondition(curvature, M)
+        P = {name: self.state[layer.parameters[0]].get("momentum") for name, layer in layers.items()}
+        P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
+        rates = {id(p): group["lr"] for group in self._natural_groups() for p in group["params"]}
+        lr = max(rates.values(), default=0.0)
+        for name, layer in layers.items():
+            rate = rates[id(layer.parameters[0])]
+            if rate != lr:
+                D[name] = D[name] * (rate / lr)
+        precision, labels = self._curvature.precision, self._engine.labels
+        return Directions(layers, M, D, P, records, precision, self.model, labels), lr
+
+    def _apply(self, proposal: _Proposal) -> None:
+        self._adapt(proposal)
+        self._now = proposal.curvature
+        for name, curvature in proposal.curvature.items():
+            self.state[self.layers[name].parameters[0]].update(curvature.state())
+        self._move(proposal)
+        for group in self.param_groups:
+            if group["rule"] == "adamw":
+                adamw_step(group["params"], self.state, group)
+        stepped = proposal.directions.layers
+        unseen = [p for name, layer in self.layers.items() if name not in stepped for p in layer.parameters]
+        adamw_step(unseen, self.state, self._adamw)
+
+    def _move(self, proposal: _Proposal) -> None:
+        directions, decision, lr = proposal.directions, proposal.decision, proposal.lr
+        settings = {id(p): group for group in self._natural_groups() for p in group["params"]}
+        for name, layer in directions.layers.items():
+            group = settings[id(layer.parameters[0])]
+            D, P = directions.D[name], directions.P[name]
+            step = P.mul_(decision.mu).add_(D, alpha=decision.alpha)
+            self.state[layer.parameters[0]]["momentum"] = step
+            if group["nesterov"]:
+                step = decision.mu * step + decision.alpha * D
+            for parameter, move in zip(layer.parameters, layer.unpack(step), strict=True):
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(move, alpha=-lr)
+
+    def _adapt(self, proposal: _Proposal) -> None:
+        """Damping from how the last step's prediction compares with the slope now found along it."""
+        clock, decision = self._clock, proposal.decision
+        if clock["predicted"] < 0:
+            actual = 0.5 * (clock["slope"] - clock["last_lr"] * proposal.drift)
+            weight = self.damping.decay
+            clock["actual"] = weight * clock["actual"] + (1 - weight) * actual
+            clock["expected"] = weight * clock["expected"] + (1 - weight) * clock["predicted"]
+            self._report["ratio"] = clock["actual"] / clock["expected"]
+            if self.steps % self.damping.every == 0:
+                clock["damping"] = self.damping.adapt(clock["damping"], self._report["ratio"])
+        clock |= {"slope": decision.slope, "predicted": decision.predicted, "last_lr": proposal.lr}
+        self._report |= {"alpha": decision.alpha, "mu": decision.mu, "kl": decision.predicted - decision.slope}
+
+    # Helpers.
+
+    @property
+    def _clock(self) -> dict[str, Any]:
+        return self.param_groups[0]["clock"]
+
+    def _natural_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["rule"] == "natural"]
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [layer.parameters[0] for layer in self.layers.values()]
+
+    def _rest_is_finite(self, names: list[str]) -> Tensor:
+        """A number that is finite if all gradients are that no inner product covers."""
+        covered = {id(p) for name in names for p in self.layers[name].parameters}
+        rest = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in covered]
+        return torch.stack(torch._foreach_norm(rest)).sum() if rest else torch.zeros(())
+
+    def _rescale(self, records: list[Record]) -> None:
+        """Without a likelihood: gradients of the user's mean loss as those of the sum over all examples of the step."""
+        if self._engine.labels is None:
+            scale = sum(record.examples() for record in records)
+            for record in records:
+                record.scale = scale / (self._scaler.get_scale() if self._scaler is not None else 1.0)
+
+    def _arm(self) -> None:
+        """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
+        self._engine.armed = self.step_size.needs_samples or self.step_size.needs_inputs
+        self._engine.armed |= self._curvature.cadence.observes(self.steps)
+        if self._engine.labels is not None:
+            self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
+
+    # Checkpoints.
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
+        super().load_state_dict(state_dict)
+        states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
+        if all("observations" in state for state in states.values()):
+            empty = self._curvature.empty()
+            self._now = {name: c.with_state(states[name]) for name, c in empty.items()}
+            self._now = {name: c.prepared(self._curvature.fast(name)) for name, c in self._now.items()}
+        self._arm()
+
+
+def _new_clock(damping: float) -> dict[str, Any]:
+    """What the optimizer as a whole remembers: plain numbers, kept in the first parameter group."""
+    names = ("slope", "predicted", "last_lr", "actual", "expected")
+    return {"steps": 0, "skipped": 0, "damping": damping, **dict.fromkeys(names, 0.0)}
+
+
+def _has_gradient(layer: Layer) -> bool:
+    return layer.parameters[0].grad is not None
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack(torch._foreach_norm(tensors)).norm()) if tensors else 0.0

@@ -1,0 +1,224 @@
+"""The optimizers that race: how each is built, its defaults and the small space it is tuned over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import natgrad
+from natgrad.race.tasks import Task
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+Settings = Mapping[str, Any]
+# `schedule` is taken by the runner, for every entry alike; all other settings reach the optimizer.
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A racer: `build(model, task, settings)` makes its optimizer, `space(trial)` draws settings."""
+
+    name: str
+    build: Callable[[nn.Module, Task, Settings], Any]
+    space: Callable[[Trial], dict[str, Any]]
+    defaults: Settings = field(default_factory=dict)
+    natural: bool = False
+
+    @property
+    def base(self) -> str:
+        """The name without a step-size policy."""
+        return self.name.partition("[")[0]
+
+
+class Together:
+    """Several optimizers over disjoint parameters, stepped as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all of them."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The state of all of them, by parameter."""
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    def zero_grad(self) -> None:
+        """Clear all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Step each optimizer once."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def sgd(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum."""
+    return torch.optim.SGD(model.parameters(), **settings)
+
+
+def adamw(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optimizer:
+    """Torch's AdamW (Loshchilov & Hutter 2019)."""
+    beta1, beta2, rest = _betas(settings)
+    return torch.optim.AdamW(model.parameters(), betas=(beta1, beta2), **rest)
+
+
+def muon(model: nn.Module, task: Task, settings: Settings) -> Together:
+    """Torch's Muon (Jordan et al. 2024) on the weight matrices, AdamW on everything else.
+
+    With `ends` false the first and the last matrix are AdamW's too, as language models do it.
+    """
+    rest = dict(settings)
+    adam_lr, ends = rest.pop("adam_lr"), rest.pop("ends")
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    chosen = matrices if ends or len(matrices) < 3 else matrices[1:-1]
+    taken = {id(p) for p in chosen}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    return Together(torch.optim.Muon(chosen, **rest), torch.optim.AdamW(others, lr=adam_lr, weight_decay=0))
+
+
+def soap(model: nn.Module, task: Task, settings: Settings) -> Any:
+    """SOAP (Vyas et al. 2024) of heavyball, on whole matrices and uncompiled."""
+    import heavyball
+    import heavyball.utils
+
+    heavyball.utils.compile_mode = None
+    beta1, beta2, rest = _betas(settings)
+    whole = {"max_precond_dim": 2048, "merge_dims": False, "use_precond_schedule": False}
+    return heavyball.SOAP(model.parameters(), betas=(beta1, beta2), shampoo_beta=beta2, **whole, **rest)
+
+
+def shampoo(model: nn.Module, task: Task, settings: Settings) -> Any:
+    """Scalable Shampoo (Anil et al. 2020) of pytorch_optimizer, its step lengths grafted from RMSProp."""
+    from pytorch_optimizer import ScalableShampoo
+    from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
+
+    beta1, beta2, rest = _betas(settings)
+    graft = LayerWiseGrafting.RMSPROP
+    return ScalableShampoo(model.parameters(), betas=(beta1, beta2), graft_type=graft, **rest)
+
+
+def _betas(settings: Settings) -> tuple[float, float, dict[str, Any]]:
+    rest = dict(settings)
+    return rest.pop("beta1"), rest.pop("beta2"), rest
+
+
+POLICIES: dict[str, Callable[[], Any]] = {
+    "kl": lambda: natgrad.KLLimit(),
+    "quadratic": lambda: natgrad.QuadraticModel(),
+    "constant": lambda: natgrad.Constant(),
+}
+
+
+def natural(approximation: Callable[[], Any]) -> Callable[[nn.Module, Task, Settings], Any]:
+    """Natural gradient with one approximation; `step_size` may be a name of `POLICIES`, or "default"."""
+
+    def build(model: nn.Module, task: Task, settings: Settings) -> Any:
+        rest = dict(settings)
+        policy = rest.pop("step_size", "default")
+        if policy != "default":
+            rest["step_size"] = POLICIES[policy]() if isinstance(policy, str) else policy
+        return natgrad.NaturalGradient(model, approximation(), likelihood=task.likelihood(), **rest)
+
+    return build
+
+
+def _sgd_space(trial: Trial) -> dict[str, Any]:
+    return {
+        "lr": trial.suggest_float("lr", 1e-4, 1.0, log=True),
+        "momentum": trial.suggest_categorical("momentum", [0.9, 0.95, 0.99]),
+        "nesterov": trial.suggest_categorical("nesterov", [False, True]),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
+def _adam_space(trial: Trial, low: float = 1e-4, high: float = 1e-2) -> dict[str, Any]:
+    return {
+        "lr": trial.suggest_float("lr", low, high, log=True),
+        "beta1": trial.suggest_categorical("beta1", [0.9, 0.95]),
+        "beta2": trial.suggest_categorical("beta2", [0.95, 0.99, 0.999]),
+        "weight_decay": trial.suggest_categorical("weight_decay", [0.0, 1e-4, 1e-2]),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
+def _muon_space(trial: Trial) -> dict[str, Any]:
+    return {
+        "lr": trial.suggest_float("lr", 1e-3, 1e-1, log=True),
+        "momentum": trial.suggest_categorical("momentum", [0.9, 0.95]),
+        "weight_decay": trial.suggest_categorical("weight_decay", [0.0, 1e-2]),
+        "adam_lr": trial.suggest_float("adam_lr", 1e-4, 1e-2, log=True),
+        "ends": trial.suggest_categorical("ends", [False, True]),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
+def _basis_space(trial: Trial) -> dict[str, Any]:
+    return {**_adam_space(trial, 3e-4, 3e-2), "precondition_frequency": 10}
+
+
+def _shampoo_space(trial: Trial) -> dict[str, Any]:
+    return {**_adam_space(trial, 1e-4, 1e-1), **SHAMPOO_CADENCE}
+
+
+def _natural_space(trial: Trial) -> dict[str, Any]:
+    return {
+        "lr": trial.suggest_float("lr", 1e-2, 1.0, log=True),
+        "damping": trial.suggest_float("damping", 1e-3, 1e2, log=True),
+    }
+
+
+SHAMPOO_CADENCE = {"preconditioning_compute_steps": 10, "start_preconditioning_step": 10, "block_size": 1024}
+ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
+MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "adam_lr": 1e-3, "ends": False}
+SOAP = {"lr": 1e-2, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.0, "precondition_frequency": 10}
+SHAMPOO = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, **SHAMPOO_CADENCE}
+
+ENTRIES = {
+    entry.name: entry
+    for entry in (
+        Entry("sgd", sgd, _sgd_space, {"lr": 0.01, "momentum": 0.9}),
+        Entry("adamw", adamw, _adam_space, ADAM),
+        Entry("muon", muon, _muon_space, MUON),
+        Entry("soap", soap, _basis_space, SOAP),
+        Entry("shampoo", shampoo, _shampoo_space, SHAMPOO),
+        Entry("kfac", natural(lambda: natgrad.KFAC()), _natural_space, natural=True),
+        Entry("ekfac", natural(lambda: natgrad.EKFAC()), _natural_space, natural=True),
+        Entry("tkfac", natural(lambda: natgrad.TKFAC()), _natural_space, natural=True),
+        Entry("tekfac", natural(lambda: natgrad.TEKFAC()), _natural_space, natural=True),
+        Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
+    )
+}
+
+
+def find(name: str) -> Entry:
+    """Find the entry called `name`; "kfac[kl]" is the entry kfac with the step-size policy kl."""
+    base, _, policy = name.removesuffix("]").partition("[")
+    if base not in ENTRIES:
+        raise ValueError(f"no entry {name!r}: there are {', '.join(ENTRIES)}")
+    if not policy:
+        return ENTRIES[base]
+    if policy not in POLICIES:
+        raise ValueError(f"no step-size policy {policy!r} in {name!r}: there are {', '.join(POLICIES)}")
+    chosen = ENTRIES[base]
+    if not chosen.natural:
+        raise ValueError(f"{base} has no step-size policies: there are variants of natural entries only")
+    return replace(chosen, name=name, defaults={**chosen.defaults, "step_size": policy})
+
+
+def with_policies(name: str, policies: Sequence[str]) -> list[Entry]:
+    """The entry under each step-size policy, "default" being its own; first-order entries have one."""
+    if not find(name).natural:
+        return [find(name)]
+    return [find(name if policy == "default" else f"{name}[{policy}]") for policy in policies]

@@ -1,0 +1,183 @@
+"""One run: a task trained by one entry from one seed, the clock stopped while losses are measured."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.race.data import Dataset, Pair
+from natgrad.race.entries import Entry, Settings
+from natgrad.race.tasks import Task
+from natgrad.race.timing import clock
+
+GROWTH = 10  # a training loss this many times the initial one counts as diverged
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run stands at the end of an epoch; `seconds` counts training steps alone."""
+
+    epoch: int
+    step: int
+    seconds: float
+    loss: float
+    test_loss: float | None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A point, the loss of every batch that led there and what the optimizer says of itself."""
+
+    point: Point
+    batch_losses: list[float] = field(default_factory=list)
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run; `stopped` says why it ended early: diverged, budget, interrupted or an error."""
+
+    name: str
+    seed: int
+    configuration: Settings
+    epochs: list[Epoch]
+    stopped: str = ""
+
+    @property
+    def curve(self) -> list[Point]:
+        """The points, the first of them before any step."""
+        return [epoch.point for epoch in self.epochs]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss blew up or the optimizer gave up."""
+        return self.stopped.startswith("diverged")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is the same for every entry: epochs, seconds of training at most, device."""
+
+    epochs: int
+    budget: float = math.inf
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+Watch = Callable[[Epoch], None]
+
+
+def run(
+    task: Task,
+    data: Dataset,
+    entry: Entry,
+    *,
+    settings: Settings,
+    seed: int,
+    rules: Rules,
+    watch: Watch = lambda _: None,
+) -> Run:
+    """Train and keep what was done, also when the loss diverges, the budget ends or Ctrl-C is pressed."""
+    seen: list[Epoch] = []
+    stopped = ""
+    try:
+        for epoch in train(task, data, entry, settings=settings, seed=seed, rules=rules):
+            seen.append(epoch)
+            watch(epoch)
+            if _blown_up(epoch.point.loss, seen[0].point.loss):
+                stopped = "diverged"
+                break
+        else:
+            stopped = "budget" if seen[-1].point.epoch < rules.epochs else ""
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    except (RuntimeError, ArithmeticError) as error:
+        stopped = f"diverged: {type(error).__name__}: {error}".splitlines()[0]
+    return Run(entry.name, seed, dict(settings), seen, stopped)
+
+
+def train(task: Task, data: Dataset, entry: Entry, *, settings: Settings, seed: int, rules: Rules) -> Iterator[Epoch]:
+    """Yield the state before training and then after every epoch."""
+    torch.manual_seed(seed)
+    model = task.model(data).to(rules.device)
+    optimizer = entry.build(model, task, {k: v for k, v in settings.items() if k != "schedule"})
+    scale = schedule(settings.get("schedule", "constant"), rules.epochs * steps_per_epoch(task, data))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    order = torch.Generator().manual_seed(seed)
+    step, seconds = 0, 0.0
+    yield Epoch(_measure(task, data, model, 0, step, seconds))
+    for number in range(1, rules.epochs + 1):
+        losses = []
+        start = clock(rules.device) - seconds
+        for x, y in batches(data.train, task.batch, order):
+            if settings.get("schedule", "constant") != "constant":
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * scale(step)
+            losses.append(train_step(task, model, optimizer, x, y))
+            step += 1
+            if time.perf_counter() - start > rules.budget:
+                break
+        seconds = clock(rules.device) - start
+        point = _measure(task, data, model, number, step, seconds)
+        yield Epoch(point, torch.stack(losses).tolist(), _statistics(optimizer))
+        if seconds > rules.budget:
+            return
+
+
+def train_step(task: Task, model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Take one step of the plain loop; returns the loss of the batch."""
+    optimizer.zero_grad()
+    loss = task.loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def batches(pair: Pair, size: int, order: torch.Generator) -> Iterator[Pair]:
+    """Deal the examples out in shuffled batches of equal size; a last incomplete one is left out."""
+    x, y = pair
+    deal = torch.randperm(len(x), generator=order).to(x.device)
+    for chosen in deal[: len(x) // size * size].split(size):
+        yield x[chosen], y[chosen]
+
+
+def steps_per_epoch(task: Task, data: Dataset) -> int:
+    """Batches in an epoch."""
+    return len(data.train[0]) // task.batch
+
+
+def schedule(name: str, steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at each step: "constant", or "cosine" down to zero."""
+    if name == "constant":
+        return lambda step: 1.0
+    if name == "cosine":
+        return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+    raise ValueError(f"schedule is {name!r}: it can be 'constant' or 'cosine'")
+
+
+@torch.no_grad()
+def mean_loss(task: Task, model: nn.Module, pair: Pair) -> float:
+    """Loss over a whole set, in evaluation mode."""
+    training = model.training
+    model.eval()
+    parts = zip(pair[0].split(1000), pair[1].split(1000), strict=True)
+    total = sum(task.loss(model(x), y).double() * len(x) for x, y in parts)
+    model.train(training)
+    return float(total) / len(pair[0])
+
+
+def _measure(task: Task, data: Dataset, model: nn.Module, epoch: int, step: int, seconds: float) -> Point:
+    test_loss = None if data.test is None else mean_loss(task, model, data.test)
+    return Point(epoch, step, seconds, mean_loss(task, model, data.train), test_loss)
+
+
+def _statistics(optimizer: Any) -> dict[str, float]:
+    tell = getattr(optimizer, "statistics", None)
+    return {} if tell is None else {key: float(value) for key, value in tell().items()}
+
+
+def _blown_up(loss: float, initial: float) -> bool:
+    return not math.isfinite(loss) or loss > GROWTH * initial

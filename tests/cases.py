@@ -1,0 +1,55 @@
+"""One row per approximation: to add one, add a row; every law that its facts admit is then run on it.
+
+Case("MINE", MINE, trace="fisher", below=KFAC)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Approximation, Diagonal, EigenCorrected, ExactFisher, TKFACExact
+
+Whose = Literal["fisher", "positions"]  # the full Fisher, or the one without cross terms between positions
+
+
+@dataclass(frozen=True)
+class Case:
+    """An approximation and the facts that the laws ask about."""
+
+    name: str
+    make: Callable[[], Approximation]
+    exact: bool = False
+    """Equals F on any data."""
+    one_example: bool = True
+    """Equals F for one example without weight sharing."""
+    trace: Whose | None = None
+    """Whose trace it has."""
+    partial_traces: Whose | None = None
+    """Whose two partial traces it has."""
+    below: Callable[[], Approximation] | None = None
+    """The approximation whose Frobenius error it never exceeds."""
+    equivariant: bool = False
+    """Its undamped step does not depend on the coordinates of inputs and outputs."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def TEKFACExact() -> EigenCorrected:
+    return EigenCorrected(TKFACExact())
+
+
+CASES = (
+    Case("ExactFisher", ExactFisher, exact=True, trace="fisher", partial_traces="fisher", equivariant=True),
+    Case("Diagonal", Diagonal, one_example=False, trace="fisher"),
+    Case("KFAC", KFAC, equivariant=True),
+    Case("EKFAC", EKFAC, trace="fisher", below=KFAC),
+    Case("TKFAC", TKFAC, trace="positions", partial_traces="positions"),
+    Case("TKFACExact", TKFACExact, trace="fisher", partial_traces="fisher"),
+    Case("TEKFAC", TEKFAC, trace="fisher", below=TKFAC),
+    Case("TEKFACExact", TEKFACExact, trace="fisher", below=TKFACExact),
+    Case("EKFAC-reseed", lambda: EigenCorrected(KFAC(), carry="reseed"), trace="fisher", below=KFAC),
+    Case("EKFAC-keep", lambda: EigenCorrected(KFAC(), carry="keep"), trace="fisher", below=KFAC),
+)

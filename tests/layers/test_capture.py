@@ -1,0 +1,306 @@
+"""What the engine records of a layer gives the per-example gradients of ``vmap(grad)``, whatever the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from natgrad import Gaussian
+from natgrad.capture import Capture
+from natgrad.engine import Engine, Record
+from natgrad.labels import Labels
+from natgrad.layers import Layer, adapter_of, cover
+from oracles import assert_equal, block, per_example_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+N = 5
+
+
+def flatten(*modules: nn.Module) -> nn.Sequential:
+    """A network that ends with one vector per example, through a nonlinearity."""
+    return nn.Sequential(*modules, nn.Tanh(), nn.Flatten())
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "linear of sequences": (lambda: nn.Linear(4, 3), (6, 4)),
+    "linear of images": (lambda: nn.Linear(4, 3), (2, 3, 4)),
+    "linear without bias": (lambda: nn.Linear(4, 3, bias=False), (6, 4)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 7)),
+    "conv1d same, even kernel": (lambda: nn.Conv1d(2, 3, 4, padding="same"), (2, 7)),
+    "conv1d valid": (lambda: nn.Conv1d(2, 3, 3, padding="valid"), (2, 7)),
+    "conv1d depthwise": (lambda: nn.Conv1d(4, 4, 3, groups=4), (4, 7)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 6, 7)),
+    "conv2d without bias": (lambda: nn.Conv2d(2, 3, 3, bias=False), (2, 5, 5)),
+    "conv2d 1x1": (lambda: nn.Conv2d(2, 3, 1), (2, 4, 4)),
+    "conv2d stride above kernel": (lambda: nn.Conv2d(2, 3, 2, stride=3), (2, 7, 8)),
+    "conv2d same, dilated": (lambda: nn.Conv2d(2, 3, 3, padding="same", dilation=2), (2, 6, 6)),
+    "conv2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 4)),
+    "conv2d groups without bias": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 5, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 4, 5)),
+    "conv3d groups, dilated": (lambda: nn.Conv3d(2, 4, 2, groups=2, dilation=(1, 2, 1)), (2, 3, 4, 3)),
+    **{
+        f"conv2d {mode}{', same' if same else ''}": (
+            lambda mode=mode, same=same: nn.Conv2d(  # type: ignore[misc]
+                2, 3, (3, 2), padding="same" if same else (2, 1), padding_mode=mode
+            ),
+            (2, 5, 6),
+        )
+        for mode in ("zeros", "reflect", "replicate", "circular")
+        for same in (False, True)
+    },
+    "conv1d circular": (lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="circular", stride=2), (2, 7)),
+    "conv3d replicate": (lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="replicate"), (2, 3, 4, 3)),
+}
+every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS.keys())
+
+
+def half_square(output: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * (output - y).square().sum()
+
+
+@contextmanager
+def armed(model: nn.Module, labels: Labels | None, layers: dict[str, Layer] | None = None) -> Iterator[Engine]:
+    engine = Engine(model, (layers or cover(model).layers).values(), labels)
+    engine.armed = True
+    yield engine
+    engine.close()
+
+
+def recorded(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Record:
+    """The record of one forward pass: of the half square to ``y`` through the likelihood, or of the user's backward."""
+    labels = None if y is None else Labels(Gaussian(), "empirical", targets=y.unsqueeze(0) if y.ndim == 1 else y)
+    with armed(model, labels) as engine:
+        output = model(x)
+        if y is None:
+            half_square(output, torch.zeros_like(output)).backward()
+        (record,) = engine.everything()
+    return record
+
+
+def captured(record: Record, layer: Layer) -> Capture:
+    (capture,) = record.captures(layer)
+    return capture
+
+
+def weight_gradients(model: nn.Module, record: Record, name: str) -> Tensor:
+    """DW (n, out, in) of one layer; a grouped layer's groups one above the other."""
+    (DW,) = captured(record, cover(model).layers[name]).weight_gradients()
+    return DW if DW.ndim == 3 else DW.movedim(0, 1).flatten(1, 2)
+
+
+def assert_per_example_gradients(model: nn.Module, x: Tensor, y: Tensor, name: str = "0") -> None:
+    expected = per_example_gradients(model, half_square, x, y)
+    assert_equal(weight_gradients(model, recorded(model, x, y), name), expected[name])
+    expected = per_example_gradients(model, half_square, x, torch.zeros_like(y))
+    assert_equal(weight_gradients(model, recorded(model, x), name), expected[name])
+
+
+@every_layer
+def test_captured_gradients_are_per_example_gradients(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    model, x = flatten(make()), torch.randn(N, *shape)
+    assert_per_example_gradients(model, x, torch.randn_like(model(x)))
+
+
+@every_layer
+def test_directional_is_the_inner_product_with_per_example_gradients(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = flatten(make()), torch.randn(N, *shape)
+    record, layer = recorded(model, x, torch.randn_like(model(x))), cover(model).layers["0"]
+    V = [torch.randn_like(p) for p in layer.parameters]
+    u = record.directional(layer, V)
+    assert u is not None
+    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "0"), block_of(V))
+    assert_equal(u, expected.unsqueeze(0))
+
+
+def block_of(tensors: list[Tensor]) -> Tensor:
+    return block(tensors[0].unsqueeze(0), tensors[1].unsqueeze(0) if len(tensors) == 2 else None).squeeze(0)
+
+
+@every_layer
+def test_pack_and_unpack_are_inverse_and_put_the_bias_last(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    module = make()
+    layer = cover(module).layers[""]
+    tensors = [torch.randn_like(p) for p in layer.parameters]
+    packed = layer.pack(tensors)
+    assert packed.shape == layer.shape
+    assert torch.equal(packed.reshape(-1, packed.shape[-1]), block_of(tensors))
+    for back, tensor in zip(layer.unpack(packed), tensors, strict=True):
+        assert torch.equal(back, tensor)
+
+
+@every_layer
+def test_inputs_times_the_block_are_the_outputs(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """s = W a at every position, and the adapter's forward is the module's."""
+    module, x = make(), torch.randn(N, *shape)
+    layer = cover(module).layers[""]
+    weights = [p.detach() for p in layer.parameters]
+    with torch.no_grad():
+        s = layer.adapter.inputs(module, x) @ layer.pack(weights).mT.unsqueeze(-3)
+        assert_equal(s, layer.adapter.outputs(module, module(x)), 1e-12)
+        assert torch.equal(layer.adapter.forward(module, weights, x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(nn.Linear(4, 3), (4,)), (nn.Conv1d(2, 3, 3), (2, 7)), (nn.Conv2d(2, 3, 2, groups=1), (2, 4, 4))],
+    ids=["linear", "conv1d", "conv2d"],
+)
+def test_an_unbatched_input_is_a_batch_of_one(module: nn.Module, shape: tuple[int, ...]) -> None:
+    module = module.double()
+    model = nn.Sequential(module)
+    x = torch.randn(shape)
+    with armed(model, None) as engine:
+        half_square(model(x), torch.zeros(())).backward()
+        (record,) = engine.everything()
+    assert record.examples() == 1
+    expected = per_example_gradients(model, half_square, x.unsqueeze(0), torch.zeros_like(model(x)).unsqueeze(0))
+    assert_equal(weight_gradients(model, record, "0"), expected["0"])
+
+
+# Weights that are frozen, layers used twice, in place, in part.
+
+
+def test_a_frozen_weight_is_not_covered() -> None:
+    model = flatten(nn.Linear(4, 3))
+    model[0].weight.requires_grad_(False)
+    assert cover(model).layers == {}
+    assert cover(model).uncovered == {"0.bias": "the layer's weight is frozen or not a plain parameter"}
+
+
+def test_a_frozen_bias_leaves_a_block_without_its_column() -> None:
+    for module, shape in ((nn.Linear(4, 3), (6, 4)), (nn.Conv2d(2, 4, 2, groups=2), (2, 3, 4))):
+        model, x = flatten(module.double()), torch.randn(N, *shape)
+        model[0].bias.requires_grad_(False)
+        assert_per_example_gradients(model, x, torch.randn_like(model(x)))
+
+
+class Recurrent(nn.Module):
+    """One layer, called several times in a forward pass, with different numbers of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.read = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.cell(x))  # (n, t, 4)
+        for _ in range(2):
+            h = torch.tanh(self.cell(h) + x)
+        return self.read(torch.tanh(self.cell(h.mean(1))))
+
+
+def test_a_layer_called_several_times_adds_up_its_calls() -> None:
+    model, x = Recurrent(), torch.randn(N, 3, 4)
+    y = torch.randn(N, 2)
+    for name in ("cell", "read"):
+        assert_per_example_gradients(model, x, y, name)
+    record = recorded(model, x, y)
+    assert captured(record, cover(model).layers["cell"]).a.shape[-2] == 3 + 3 + 3 + 1
+    layer = cover(model).layers["cell"]
+    V = [torch.randn_like(p) for p in layer.parameters]
+    u = record.directional(layer, V)
+    assert u is not None
+    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "cell"), block_of(V))
+    assert_equal(u, expected.unsqueeze(0))
+
+
+@pytest.mark.parametrize("inner", [nn.Linear(4, 4), nn.Linear(4, 4, bias=False)])
+def test_an_inplace_activation_after_the_layer(inner: nn.Module) -> None:
+    model = nn.Sequential(inner.double(), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x, y = torch.randn(N, 4), torch.randn(N, 3)
+    for name in ("0", "2"):
+        assert_per_example_gradients(model, x, y, name)
+
+
+class Branching(nn.Module):
+    """A layer that some forward passes leave out, and one whose output is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.wasted = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.use = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.always(x)
+        self.wasted(h)
+        return self.sometimes(h) if self.use else h
+
+
+@pytest.mark.parametrize("likelihood", [True, False])
+def test_a_layer_that_is_not_reached_leaves_nothing(likelihood: bool) -> None:
+    model, x, y = Branching(), torch.randn(N, 4), torch.randn(N, 4)
+    layers = cover(model).layers
+    for use in (False, True):
+        model.use = use
+        record = recorded(model, x, y if likelihood else None)
+        assert [len(list(record.captures(layer))) for layer in layers.values()] == [1, int(use), 0]
+        assert record.directional(layers["wasted"], [torch.zeros(4, 4), torch.zeros(4)]) is None
+
+
+def test_batches_of_different_sizes_in_one_forward_are_refused_by_name() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tower(x) + self.tower(x[:1])
+
+    model = Pairs()
+    with pytest.raises(ValueError, match="layer 'tower' was called with batches of different sizes"):
+        captured(recorded(model, torch.randn(N, 4), torch.zeros(N, 2)), cover(model).layers["tower"])
+
+
+def test_a_fraction_of_the_batch_is_its_first_examples() -> None:
+    model, x = flatten(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(N, 4, 5, 4)
+    record, layer = recorded(model, x, torch.randn_like(model(x))), cover(model).layers["0"]
+    whole = captured(record, layer)
+    for fraction, n in ((0.4, 2), (0.01, 1), (1.0, 5)):
+        (part,) = record.captures(layer, fraction=fraction)
+        assert torch.equal(part.a, whole.a[:, :n]) and torch.equal(part.g, whole.g[:, :n])
+        assert part.count == n and part.rows == n * part.a.shape[-2]
+
+
+def test_reduce_sums_inputs_and_averages_gradients_over_positions() -> None:
+    model, x = flatten(nn.Linear(4, 3)), torch.randn(N, 6, 4)
+    record, layer = recorded(model, x, torch.randn_like(model(x))), cover(model).layers["0"]
+    whole = captured(record, layer)
+    (reduced,) = record.captures(layer, "reduce")
+    assert_equal(reduced.a, whole.a.sum(1, keepdim=True))
+    assert_equal(reduced.g, whole.g.mean(1, keepdim=True))
+    assert (reduced.rows, reduced.count) == (N, whole.count)
+
+
+# Coverage.
+
+
+def test_subclasses_that_keep_forward_are_covered_and_others_are_not() -> None:
+    class Renamed(nn.Linear):
+        pass
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    assert adapter_of(Renamed(2, 2)) is adapter_of(nn.Linear(2, 2)) is not None
+    assert adapter_of(Scaled(2, 2)) is None
+    assert cover(Scaled(2, 2)).uncovered["weight"] == "no adapter for Scaled"
+
+
+def test_every_parameter_is_covered_or_has_a_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Embedding(3, 4))
+    model[2].weight = model[0].weight
+    coverage = cover(model)
+    assert coverage.layers == {}
+    assert coverage.uncovered["0.weight"] == "one parameter in several places: 0.weight, 2.weight"
+    assert coverage.uncovered["1.bias"] == "no adapter for LayerNorm"
+    assert set(coverage.uncovered) == {name for name, _ in model.named_parameters()}

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from natgrad.race.entries import ENTRIES, find, with_policies
+from natgrad.race.run import Rules, run
+from natgrad.race.tasks import Task
+
+FIRST_ORDER = [name for name, entry in ENTRIES.items() if not entry.natural]
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.filterwarnings("ignore")
+def test_each_first_order_entry_lowers_the_loss_with_its_defaults(tiny: Task, name: str) -> None:
+    entry = ENTRIES[name]
+    done = run(tiny, tiny.data(None), entry, settings=entry.defaults, seed=0, rules=Rules(3))
+    assert done.stopped == "" and done.curve[-1].loss < done.curve[0].loss
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.filterwarnings("ignore")
+def test_each_first_order_space_holds_settings_that_build(tiny: Task, name: str) -> None:
+    import optuna
+
+    entry = ENTRIES[name]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(3):
+        settings = {**entry.defaults, **entry.space(study.ask())}
+        settings.pop("schedule")
+        entry.build(tiny.model(tiny.data(None)), tiny, settings)
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in FIRST_ORDER])
+def test_each_natural_entry_lowers_the_loss_with_the_defaults_of_the_library(tiny: Task, name: str) -> None:
+    done = run(tiny, tiny.data(None), ENTRIES[name], settings={}, seed=0, rules=Rules(3))
+    assert done.stopped == "" and done.curve[-1].loss < done.curve[0].loss
+    assert "damping" in done.epochs[-1].statistics
+
+
+@pytest.mark.parametrize(("ends", "matrices"), [(True, 3), (False, 1)])
+def test_muon_leaves_everything_but_the_chosen_matrices_to_adamw(tiny: Task, ends: bool, matrices: int) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    together = ENTRIES["muon"].build(model, tiny, {**ENTRIES["muon"].defaults, "ends": ends})
+    by_muon, by_adam = (optimizer.param_groups[0]["params"] for optimizer in together.optimizers)
+    assert len(by_muon) == matrices and len(by_muon) + len(by_adam) == 6
+
+
+def test_a_policy_in_brackets_names_a_variant() -> None:
+    assert find("kfac[kl]").defaults["step_size"] == "kl"
+    assert [e.name for e in with_policies("kfac", ["default", "kl"])] == ["kfac", "kfac[kl]"]
+    assert [e.name for e in with_policies("sgd", ["default", "kl"])] == ["sgd"]
+
+
+@pytest.mark.parametrize("name", ["adan", "kfac[fast]", "sgd[kl]"])
+def test_an_unknown_name_says_what_there_is(name: str) -> None:
+    with pytest.raises(ValueError, match="there are"):
+        find(name)

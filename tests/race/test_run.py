@@ -1,0 +1,109 @@
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from natgrad.race.entries import ENTRIES, Entry, Settings
+from natgrad.race.run import Rules, Run, run, schedule, train
+from natgrad.race.tasks import Task
+
+SGD = ENTRIES["sgd"]
+
+
+def quick(task: Task, entry: Entry = SGD, settings: Settings | None = None, **rules: Any) -> Run:
+    settings = {"lr": 0.05, **(settings or {})} if entry is SGD else {**entry.defaults, **(settings or {})}
+    return run(task, task.data(None), entry, settings=settings, seed=0, rules=Rules(**{"epochs": 3, **rules}))
+
+
+def test_a_run_records_the_start_and_every_epoch(tiny: Task) -> None:
+    done = quick(tiny)
+    assert [(p.epoch, p.step) for p in done.curve] == [(0, 0), (1, 6), (2, 12), (3, 18)]
+    assert done.curve[0].seconds == 0 < done.curve[1].seconds < done.curve[-1].seconds
+    assert done.curve[-1].loss < done.curve[0].loss
+    assert all(p.test_loss is not None for p in done.curve)
+    assert [len(epoch.batch_losses) for epoch in done.epochs] == [0, 6, 6, 6]
+    assert done.stopped == "" and not done.diverged
+
+
+def test_the_same_seed_gives_the_same_losses(tiny: Task) -> None:
+    first, second = quick(tiny), quick(tiny)
+    assert [p.loss for p in first.curve] == [p.loss for p in second.curve]
+
+
+def test_every_entry_starts_from_the_same_weights_and_sees_the_same_batches(tiny: Task) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def watched(name: str) -> Task:
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            seen.setdefault(name, []).append(target.clone())
+            return tiny.loss(output, target)
+
+        return replace(tiny, loss=loss)
+
+    starts = [quick(watched(name), ENTRIES[name]).curve[0].loss for name in ("sgd", "adamw")]
+    assert starts[0] == starts[1]
+    assert all(torch.equal(a, b) for a, b in zip(seen["sgd"], seen["adamw"], strict=True))
+
+
+def test_a_run_that_blows_up_is_marked_diverged(tiny: Task) -> None:
+    done = quick(tiny, settings={"lr": 1e6})
+    assert done.diverged and done.curve[-1].epoch == 1
+
+
+def test_an_optimizer_that_gives_up_counts_as_diverged(tiny: Task) -> None:
+    done = quick(tiny, raising(RuntimeError("three failures in a row")))
+    assert done.stopped == "diverged: RuntimeError: three failures in a row"
+    assert len(done.curve) == 1
+
+
+def test_a_bug_in_an_optimizer_is_not_hidden_as_divergence(tiny: Task) -> None:
+    with pytest.raises(TypeError):
+        quick(tiny, raising(TypeError("a bug")))
+
+
+def test_an_interrupted_run_keeps_what_was_done(tiny: Task) -> None:
+    done = quick(tiny, raising(KeyboardInterrupt(), after=7))
+    assert done.stopped == "interrupted" and done.curve[-1].epoch == 1
+
+
+def test_the_budget_ends_a_run_within_an_epoch(tiny: Task) -> None:
+    done = quick(tiny, budget=0.0)
+    assert done.stopped == "budget" and done.curve[-1].step == 1
+
+
+def test_the_cosine_schedule_falls_from_one_to_zero(tiny: Task) -> None:
+    factor = schedule("cosine", 10)
+    assert factor(0) == 1 and math.isclose(factor(5), 0.5) and math.isclose(factor(10), 0, abs_tol=1e-12)
+    with pytest.raises(ValueError, match="constant"):
+        schedule("steps", 10)
+
+
+def test_a_scheduled_run_ends_with_a_small_learning_rate(tiny: Task) -> None:
+    rates: list[float] = []
+
+    def build(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optimizer:
+        optimizer = SGD.build(model, task, settings)
+        optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
+        return optimizer
+
+    chosen = {"lr": 0.1, "schedule": "cosine"}
+    list(train(tiny, tiny.data(None), Entry("s", build, lambda trial: {}), settings=chosen, seed=0, rules=Rules(2)))
+    assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and rates[-1] < 0.01
+
+
+def raising(error: BaseException, after: int = 1) -> Entry:
+    def build(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optimizer:
+        optimizer = SGD.build(model, task, {"lr": 0.01})
+        steps = iter(range(1, 1000))
+
+        def hook(*_: Any) -> None:
+            if next(steps) >= after:
+                raise error
+
+        optimizer.register_step_pre_hook(hook)
+        return optimizer
+
+    return Entry("raising", build, lambda trial: {})

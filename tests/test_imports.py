@@ -1,0 +1,80 @@
+"""Imports run downwards only, and the core imports nothing but torch and the standard library."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import natgrad
+
+ROOT = Path(natgrad.__file__).parent
+# What each part may import of natgrad, itself included. To add a part, add its row.
+BELOW: dict[str, set[str]] = {
+    "matrix": set(),
+    "capture": set(),
+    "likelihood": set(),
+    "layers": set(),
+    "labels": {"likelihood"},
+    "fishers": {"matrix", "capture"},
+    "engine": {"capture", "labels", "layers"},
+    "fisher": {"engine", "capture", "fishers", "labels", "layers", "likelihood", "matrix"},
+    "optim": {"engine", "capture", "fishers", "labels", "layers", "likelihood", "matrix"},
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "race")
+CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("__init__.py", "__main__.py")]
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The full names of the modules that a file imports, type-checking blocks and functions included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_imports_run_downwards_only(path: Path) -> None:
+    part = part_of(path)
+    assert part in BELOW, f"say in BELOW what natgrad.{part} may import"
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("natgrad.")}
+    above = parts - BELOW[part] - {part}
+    assert not above, f"natgrad.{part} must not import natgrad.{', natgrad.'.join(sorted(above))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_the_core_imports_torch_and_the_standard_library_alone(path: Path) -> None:
+    foreign = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"torch", "natgrad"}
+    assert not foreign
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_the_core_does_not_import_the_race(path: Path) -> None:
+    assert not any(name.startswith("natgrad.race") for name in imported(path))
+
+
+def test_the_order_of_the_parts_has_no_cycle() -> None:
+    placed: set[str] = set()
+    for part, below in BELOW.items():
+        assert below <= placed, f"{part} imports parts that come after it"
+        placed.add(part)
+
+
+def test_every_public_name_is_there() -> None:
+    assert sorted(set(natgrad.__all__)) == sorted(natgrad.__all__)
+    assert all(hasattr(natgrad, name) for name in natgrad.__all__)
