@@ -14,6 +14,8 @@ from natgrad.fishers import (
 )
 from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.optim import (
+    AdaptiveKLLimit,
+    Automatic,
     Constant,
     ExactQuadraticModel,
     KLLimit,
@@ -30,7 +32,9 @@ __all__ = [
     "KFAC",
     "TEKFAC",
     "TKFAC",
+    "AdaptiveKLLimit",
     "Approximation",
+    "Automatic",
     "Bernoulli",
     "Categorical",
     "Constant",

@@ -44,6 +44,7 @@ class Record:
     live: bool = False
     scale: float = 1.0
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    targets: Tensor | None = None
 
     def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
         """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed."""
@@ -165,6 +166,7 @@ class Engine:
         if self.keep_inputs:
             record.inputs = (args, kwargs)
         if self.labels is not None:
+            record.targets = self.labels.targets
             self._send_back(record, self.labels, self.labels.select(output))
         self._records.append(record)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture import Capture
-from natgrad.matrix import Matrix
+from natgrad.matrix import LinearMap, Matrix
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Approximation(ABC):
     def correct(self, matrix: Matrix, seen: Sequence[Capture], decay: float) -> Matrix:
         """A cheap update of the matrix by the batches of one observation: by default none."""
         return matrix
+
+    def invert(self, matrix: Matrix, damping: float) -> LinearMap:
+        """The damped inverse that training steps are taken with: by default the matrix's own."""
+        return matrix.inverse(damping)
 
     @property
     def corrects(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from natgrad.capture import Capture
 from natgrad.fishers.base import Approximation, Mean, Stats, pool
-from natgrad.matrix import Matrix, Spectral, Tikhonov
+from natgrad.matrix import Factored, LinearMap, Matrix, Spectral, Tikhonov
 from natgrad.matrix.damping import SpectralRule
 
 
@@ -36,14 +36,17 @@ class EigenCorrected(Approximation):
     * ``"rotate"``: the diagonal of the old matrix in the new basis, s' = (R_G^2) s (R_A^2)^T with R = Q_new^T Q_old;
     * ``"reseed"``: the eigenvalues of ``base``;  * ``"keep"``: s as it is.
 
-    ``rule`` is the damping: ``Tikhonov()`` or ``Relative(Tikhonov())``. Cost: that of ``base`` with eigh for Cholesky
+    ``rule`` is the damping. Without one the matrix itself is damped exactly, (F + damping I)^-1, which is what Laplace and
+    influence need, and training steps by ``Factored()`` on the margins of s: eigenvalues measured on few examples are
+    often far too small, and the cross terms of factored damping lift them in proportion to their row and column, where a
+    constant does not. ``Tikhonov()``, ``Factored()`` or ``Relative()`` hold for both. Cost: that of ``base`` with eigh for Cholesky
     (9 to 25 (in^3 + out^3) flops), 2 n (in^2 + out^2 + in out) an observation, 4 in out (in + out) a step.
     Reference: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
     """
 
     base: Approximation
     carry: Literal["rotate", "reseed", "keep"] = "rotate"
-    rule: SpectralRule = Tikhonov()
+    rule: SpectralRule | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown ``carry``."""
@@ -59,7 +62,7 @@ class EigenCorrected(Approximation):
         base = self.base.assemble(stats)
         if not isinstance(base, HasSpectrum):
             raise ValueError(f"EigenCorrected needs a base with an eigenbasis; {self.base!r} has none")
-        seeded = replace(base.spectral(), rule=self.rule)
+        seeded = replace(base.spectral(), rule=self.rule or Tikhonov())
         if not isinstance(previous, Spectral) or self.carry == "reseed":
             return seeded
         return replace(seeded, values=previous.values if self.carry == "keep" else _rotated(previous, seeded))
@@ -71,6 +74,11 @@ class EigenCorrected(Approximation):
         measured = pool({"s": Mean(capture.second_moment(), capture.count)} for capture in projected)["s"]
         value = measured.value.to(matrix.values.dtype)
         return replace(matrix, values=torch.lerp(value, matrix.values, decay))
+
+    def invert(self, matrix: Matrix, damping: float) -> LinearMap:
+        """Damped by ``rule``, or by ``Factored()``."""
+        assert isinstance(matrix, Spectral)
+        return replace(matrix, rule=self.rule or Factored()).inverse(damping)
 
     def check(self, name: str, shape: torch.Size) -> None:
         """What ``base`` refuses."""

@@ -60,6 +60,13 @@ class Factored:
         """(G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1."""
         return _invert(matrix, self.ratio(matrix), damping)
 
+    def shift(self, values: Tensor, damping: float) -> Tensor:
+        """The cross terms of the same rule on the Kronecker product g a^T with the row and column sums of ``values``."""
+        out, width = values.shape[-2:]
+        mean = values.mean((-2, -1), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        g, a = values.mean(-1, keepdim=True) / mean.sqrt(), values.mean(-2, keepdim=True) / mean.sqrt()
+        return check_damping(damping) ** 0.5 * (g + a) + damping
+
     def ratio(self, matrix: Kronecker) -> Tensor:
         """pi, of shape (*groups): the choice that minimises the trace norm of the two cross terms."""
         pi = _mean_eigenvalue(matrix.right).sqrt() / _mean_eigenvalue(matrix.left).sqrt()  # the ratio may overflow

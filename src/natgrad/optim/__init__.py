@@ -2,9 +2,19 @@
 
 from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
-from natgrad.optim.step_size import Constant, ExactQuadraticModel, KLLimit, QuadraticModel, StepSize
+from natgrad.optim.step_size import (
+    AdaptiveKLLimit,
+    Automatic,
+    Constant,
+    ExactQuadraticModel,
+    KLLimit,
+    QuadraticModel,
+    StepSize,
+)
 
 __all__ = [
+    "AdaptiveKLLimit",
+    "Automatic",
     "Constant",
     "ExactQuadraticModel",
     "KLLimit",

@@ -48,7 +48,7 @@ class LayerCurvature:
         a, g = (torch.zeros((*groups, 1, 1, size), dtype=dtype, device=weight.device) for size in (width, out))
         stats = {name: Mean(mean.value) for name, mean in approximation.observe(Capture(a, g, 1.0, 1.0)).items()}
         matrix = approximation.assemble(stats)
-        return cls(stats, matrix, matrix.inverse(1.0))
+        return cls(stats, matrix, approximation.invert(matrix, 1.0))
 
     @property
     def ready(self) -> bool:
@@ -70,7 +70,7 @@ class LayerCurvature:
         """The matrix with its cheap update by the same observation, and its inverse."""
         previous = replace(self, observations=self.observations - 1)
         matrix = approximation.correct(self.matrix, seen, previous._decay(decay))
-        return replace(self, matrix=matrix, inverse=matrix.inverse(damping), applied=None)
+        return replace(self, matrix=matrix, inverse=approximation.invert(matrix, damping), applied=None)
 
     def prepared(self, dtype: torch.dtype | None) -> Self:
         """With ``applied``, which every change of the inverse has emptied."""
@@ -105,7 +105,7 @@ class LayerCurvature:
 
     def _assembled(self, approximation: Approximation, stats: Stats, previous: Matrix | None, damping: float) -> Self:
         matrix = approximation.assemble(stats, previous)
-        inverse = matrix.inverse(damping)
+        inverse = approximation.invert(matrix, damping)
         return replace(self, matrix=matrix, inverse=inverse, applied=None, failures=0, refreshes=self.refreshes + 1)
 
     def _decay(self, decay: float) -> float:

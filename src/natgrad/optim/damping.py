@@ -17,7 +17,7 @@ class LevenbergMarquardt:
     lambda stays in [``minimum``, ``maximum``]; the unit is that of F, the loss per squared parameter.
     """
 
-    initial: float = 1.0
+    initial: float = 0.03
     factor: float = 0.95
     every: int = 5
     decay: float = 0.8

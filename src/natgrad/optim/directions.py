@@ -62,7 +62,7 @@ class Directions:
         for record in self.records:
             assert record.inputs is not None
             (output, JD), (_, JP) = (self._jacobian_product(record, V) for V in (self.D, self.P))
-            HD, HP = (self.labels.likelihood.hessian_product(output, J) for J in (JD, JP))
+            HD, HP = (self.labels.likelihood.hessian_product(output, J, record.targets) for J in (JD, JP))
             total = total + torch.stack([(JD * HD).sum(), (JD * HP).sum(), (JP * HP).sum()])
             count = count + float(record.count(len(output)))
         return total / count
@@ -93,7 +93,8 @@ class Directions:
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
             return select(torch.func.functional_call(model, {**parameters, **buffers}, args, kwargs))
 
-        return torch.func.jvp(outputs, (primal,), (tangent,))
+        output, product = torch.func.jvp(outputs, (primal,), (tangent,))
+        return output, product
 
 
 def _inner(X: Mapping[str, Tensor], Y: Mapping[str, Tensor]) -> Tensor:

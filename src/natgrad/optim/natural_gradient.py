@@ -24,7 +24,7 @@ from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.groups import build_groups
 from natgrad.optim.layerwise import Layerwise, State, blocks
-from natgrad.optim.step_size import Decision, QuadraticModel, StepSize, read_once
+from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
 
 
@@ -70,7 +70,7 @@ class NaturalGradient(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         approximation = KFAC() if approximation is None else approximation
-        step_size = QuadraticModel() if step_size is None else step_size
+        step_size = Automatic() if step_size is None else step_size
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
@@ -114,7 +114,8 @@ class NaturalGradient(torch.optim.Optimizer):
         gradients = [p.grad for layer in self.layers.values() for p in layer.parameters if p.grad is not None]
         directions = [self.state[w]["momentum"] for w in self._weights() if "momentum" in self.state[w]]
         return {
-            **{name: float(value) for name, value in self._clock.items()},
+            **{name: float(value) for name, value in self._clock.items() if name != "memory"},
+            **self._clock["memory"],
             **self._report,
             "gradient_norm": _norm(gradients),
             "direction_norm": _norm(directions),
@@ -173,12 +174,13 @@ class NaturalGradient(torch.optim.Optimizer):
         products = {"finite": self._rest_is_finite(names)}
         if names:
             products |= {"slope": directions.slope(), "drift": directions.drift()}
-            products |= self.step_size.products(directions, self._clock["damping"])
+            products |= self.step_size.products(directions, self._clock["damping"], self._clock["memory"])
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):
             return None
         momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
-        decision = self.step_size.decide(read, lr, momentum) if names else Decision(0.0, 0.0)
+        situation = Situation(read, lr, momentum, self._clock["memory"])
+        decision = self.step_size.decide(situation) if names else Decision(0.0, 0.0)
         return _Proposal(curvature, directions, decision, read.get("drift", 0.0), lr)
 
     def _advance(self, records: list[Record]) -> State:
@@ -245,6 +247,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._report["ratio"] = clock["actual"] / clock["expected"]
             if self.steps % self.damping.every == 0:
                 clock["damping"] = self.damping.adapt(clock["damping"], self._report["ratio"])
+        clock["memory"] = dict(decision.memory)
         clock |= {"slope": decision.slope, "predicted": decision.predicted, "last_lr": proposal.lr}
         self._report |= {"alpha": decision.alpha, "mu": decision.mu, "kl": decision.predicted - decision.slope}
 
@@ -275,7 +278,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
-        self._engine.armed = self.step_size.needs_samples or self.step_size.needs_inputs
+        self._engine.armed = self.step_size.needs_samples(self._clock["memory"])
         self._engine.armed |= self._curvature.cadence.observes(self.steps)
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
@@ -296,7 +299,7 @@ class NaturalGradient(torch.optim.Optimizer):
 def _new_clock(damping: float) -> dict[str, Any]:
     """What the optimizer as a whole remembers: plain numbers, kept in the first parameter group."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
-    return {"steps": 0, "skipped": 0, "damping": damping, **dict.fromkeys(names, 0.0)}
+    return {"steps": 0, "skipped": 0, "damping": damping, "memory": {}, **dict.fromkeys(names, 0.0)}
 
 
 def _has_gradient(layer: Layer) -> bool:

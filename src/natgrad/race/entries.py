@@ -100,13 +100,18 @@ def soap(model: nn.Module, task: Task, settings: Settings) -> Any:
 
 
 def shampoo(model: nn.Module, task: Task, settings: Settings) -> Any:
-    """Scalable Shampoo (Anil et al. 2020) of pytorch_optimizer, its step lengths grafted from RMSProp."""
+    """Scalable Shampoo (Anil et al. 2020) of pytorch_optimizer, on whole matrices.
+
+    Roots come from its SVD, several times as fast as its Schur-Newton iteration on a CPU. That path adds no
+    ridge: `matrix_eps`, where the statistics start, has to stand in for one. Step lengths are those of the sign.
+    """
     from pytorch_optimizer import ScalableShampoo
     from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 
     beta1, beta2, rest = _betas(settings)
-    graft = LayerWiseGrafting.RMSPROP
-    return ScalableShampoo(model.parameters(), betas=(beta1, beta2), graft_type=graft, **rest)
+    whole = {"block_size": 1024, "shape_interpretation": False, "use_svd": True}
+    averaged = {"graft_type": LayerWiseGrafting.SQRTN, "moving_average_for_momentum": True}
+    return ScalableShampoo(model.parameters(), betas=(beta1, beta2), **whole, **averaged, **rest)
 
 
 def _betas(settings: Settings) -> tuple[float, float, dict[str, Any]]:
@@ -169,21 +174,30 @@ def _basis_space(trial: Trial) -> dict[str, Any]:
 
 
 def _shampoo_space(trial: Trial) -> dict[str, Any]:
-    return {**_adam_space(trial, 1e-4, 1e-1), **SHAMPOO_CADENCE}
+    return {
+        "lr": trial.suggest_float("lr", 3e-4, 2e-2, log=True),
+        "beta1": trial.suggest_categorical("beta1", [0.9, 0.95]),
+        "beta2": trial.suggest_categorical("beta2", [0.95, 0.99, 0.999]),
+        "weight_decay": trial.suggest_categorical("weight_decay", [0.0, 1e-4, 1e-2]),
+        "matrix_eps": trial.suggest_categorical("matrix_eps", [1e-4, 1e-3, 1e-2, 1e-1]),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+        **SHAMPOO_CADENCE,
+    }
 
 
 def _natural_space(trial: Trial) -> dict[str, Any]:
     return {
         "lr": trial.suggest_float("lr", 1e-2, 1.0, log=True),
         "damping": trial.suggest_float("damping", 1e-3, 1e2, log=True),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
     }
 
 
-SHAMPOO_CADENCE = {"preconditioning_compute_steps": 10, "start_preconditioning_step": 10, "block_size": 1024}
+SHAMPOO_CADENCE = {"preconditioning_compute_steps": 10, "start_preconditioning_step": 10}
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
 MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "adam_lr": 1e-3, "ends": False}
 SOAP = {"lr": 1e-2, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.0, "precondition_frequency": 10}
-SHAMPOO = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, **SHAMPOO_CADENCE}
+SHAMPOO = {"lr": 4e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "matrix_eps": 1e-2, **SHAMPOO_CADENCE}
 
 ENTRIES = {
     entry.name: entry
