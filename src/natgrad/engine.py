@@ -117,12 +117,11 @@ class Engine:
         self._only_training = only_training
         self._records: list[Record] = []
         self._current: Record | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._enter),
-            model.register_forward_hook(self._leave, with_kwargs=True),
-        ]
-        for layer in layers:
-            self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
+        self._handles = [model.register_forward_pre_hook(self._enter)]
+        self._handles += [layer.module.register_forward_hook(self._layer_hook(layer)) for layer in layers]
+        self._handles.append(
+            model.register_forward_hook(self._leave, with_kwargs=True)
+        )  # last: the model may be a layer
 
     def close(self) -> None:
         """Take all hooks off the model."""
@@ -137,6 +136,11 @@ class Engine:
     def take(self) -> list[Record]:
         """The records that the user's backward pass reached; these and all others are then forgotten."""
         return [record for record in self.everything() if record.live]
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are records."""
+        return bool(self._records)
 
     def discard(self, only_live: bool = False) -> None:
         """Forget the records; with ``only_live`` keep those whose backward pass may still come."""

@@ -13,6 +13,7 @@ factor, so that damping refers to the loss that is really minimised. Seeds carry
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,15 @@ class Likelihood(ABC):
     def scale(self, output: Tensor) -> float:
         """The loss as a multiple of the NLL."""
         return 1.0
+
+    def capacity(self, output: Tensor) -> float:
+        """The largest entropy of one loss term, in the units of the loss (nats, times its scale)."""
+        return self.scale(output) * self.events(output).shape[-1] * self.entropy
+
+    @property
+    def entropy(self) -> float:
+        """The largest entropy of one output in nats."""
+        return 0.5
 
     @abstractmethod
     def check_targets(self, output: Tensor, targets: Tensor) -> None:
@@ -207,6 +217,10 @@ class Categorical(Likelihood):
             return None
         return self._unless_ignored(self._chosen(output, targets), targets)
 
+    def capacity(self, output: Tensor) -> float:
+        """log C for C classes."""
+        return math.log(output.shape[self.class_dim])
+
     def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
         """p - onehot(y)."""
         p = self.events(output).softmax(-1)
@@ -310,6 +324,11 @@ class _Elementwise(Likelihood):
 @dataclass(frozen=True, kw_only=True)
 class Bernoulli(_Elementwise):
     """Independent Bernoulli outputs given as logits; the NLL is ``binary_cross_entropy_with_logits``."""
+
+    @property
+    def entropy(self) -> float:
+        """log 2."""
+        return math.log(2)
 
     def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
         """sigmoid(f) - y."""

@@ -61,8 +61,7 @@ class Factored:
         return _invert(matrix, self.ratio(matrix), damping)
 
     def shift(self, values: Tensor, damping: float) -> Tensor:
-        """The cross terms of the same rule on the Kronecker product g a^T with the row and column sums of ``values``."""
-        out, width = values.shape[-2:]
+        """The same cross terms on the Kronecker product g a^T with the row and column sums of ``values``."""
         mean = values.mean((-2, -1), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
         g, a = values.mean(-1, keepdim=True) / mean.sqrt(), values.mean(-2, keepdim=True) / mean.sqrt()
         return check_damping(damping) ** 0.5 * (g + a) + damping

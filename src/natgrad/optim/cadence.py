@@ -13,7 +13,7 @@ class Cadence:
     ``staggered`` spreads the refreshes of the layers over the period.
     """
 
-    observe_every: int = 2
+    observe_every: int = 4
     refresh_every: int = 10
     fraction: float = 1.0
     staggered: bool = False

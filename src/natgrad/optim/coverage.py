@@ -35,7 +35,7 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
 
 def _row(layer: Layer, curvature: LayerCurvature | None) -> tuple[str, ...]:
     *groups, out, width = layer.shape
-    block = f"{groups[0]} x " * bool(groups) + f"{out} x {width}"
+    block = " x ".join(map(str, [*groups, out, width]))
     parameters = str(sum(p.numel() for p in layer.parameters))
     if curvature is None or not curvature.refreshed:
         return layer.name, block, "-", parameters, "", "not seen yet" if curvature is None else "not seen: AdamW"

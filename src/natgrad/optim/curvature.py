@@ -1,7 +1,7 @@
 """The curvature of one layer over time: statistics, matrix, damped inverse.
 
-A :class:`LayerCurvature` is a value: every update returns a new one, so that a step that turns out to be bad is undone by
-keeping the old one.
+A :class:`LayerCurvature` is a value: every update returns a new one, so that a step that turns out to be bad is
+undone by keeping the old one.
 """
 
 from __future__ import annotations
@@ -67,10 +67,13 @@ class LayerCurvature:
         return replace(self, stats=approximation.merge(self.stats, new, decay), observations=self.observations + 1)
 
     def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
-        """The matrix with its cheap update by the same observation, and its inverse."""
+        """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
         previous = replace(self, observations=self.observations - 1)
         matrix = approximation.correct(self.matrix, seen, previous._decay(decay))
-        return replace(self, matrix=matrix, inverse=approximation.invert(matrix, damping), applied=None)
+        try:
+            return replace(self, matrix=matrix, inverse=approximation.invert(matrix, damping), applied=None)
+        except FactorisationError:
+            return self
 
     def prepared(self, dtype: torch.dtype | None) -> Self:
         """With ``applied``, which every change of the inverse has emptied."""
@@ -79,7 +82,7 @@ class LayerCurvature:
         return replace(self, applied=self.inverse if dtype is None else self.inverse.to(dtype))
 
     def refresh(self, approximation: Approximation, damping: float, name: str) -> Self:
-        """A new matrix and inverse; on failure again in float64, then the old ones stay, and the third time it raises."""
+        """A new matrix and inverse; on failure in float64, else the old ones; the third time it raises."""
         previous = self.matrix if self.refreshed else None
         try:
             return self._assembled(approximation, self.stats, previous, damping)

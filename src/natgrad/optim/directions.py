@@ -93,7 +93,9 @@ class Directions:
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
             return select(torch.func.functional_call(model, {**parameters, **buffers}, args, kwargs))
 
-        output, product = torch.func.jvp(outputs, (primal,), (tangent,))
+        device = self._device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            output, product = torch.func.jvp(outputs, (primal,), (tangent,))[:2]
         return output, product
 
 

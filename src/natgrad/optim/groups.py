@@ -9,6 +9,7 @@ from torch import nn
 
 from natgrad.layers import Layer
 from natgrad.optim.adamw import DEFAULTS
+from natgrad.optim.validate import number
 
 
 def build_groups(
@@ -38,7 +39,11 @@ def build_groups(
             del left[id(p)]
         groups += _split(chosen, covered, {**natural, **settings}, {**DEFAULTS, **adamw, **settings})
     groups += _split(list(left.values()), covered, dict(natural), {**DEFAULTS, **adamw})
-    of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    for group in groups:
+        number(f"lr of the {group['rule']} rule", group["lr"], 0)
+        number(f"weight_decay of the {group['rule']} rule", group["weight_decay"], 0)
+        number("momentum", group.get("momentum", 0.0), 0, 1)
+    of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
     for layer in layers.values():
         if len({of[id(p)] for p in layer.parameters}) > 1:
             raise ValueError(f"layer {layer.name!r}: weight and bias must be in one parameter group")

@@ -47,6 +47,14 @@ class Layerwise:
             advanced[name] = self._advance(name, state[name], seen, refreshes, damping)
         return advanced
 
+    def size(self, before: State, after: State) -> Tensor:
+        """The largest entry of what was observed: a number that is finite if all the statistics are."""
+        changed = [c for name, c in after.items() if name not in before or c.observations > before[name].observations]
+        tensors = [mean.total for c in changed for mean in c.stats.values()]
+        if self.approximation.corrects:
+            tensors += [tensor for c in changed for tensor in c.matrix.tensors().values()]
+        return largest(tensors)
+
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """D = inverse @ M, layer by layer."""
         return {name: state[name].precondition(gradient) for name, gradient in M.items()}
@@ -71,6 +79,11 @@ class Layerwise:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
             curvature = curvature.correct(self.approximation, quick, self.decay, damping)
         return curvature.prepared(dtype)
+
+
+def largest(tensors: list[Tensor]) -> Tensor:
+    """The sum of the largest entries: finite, without overflow, if all tensors are."""
+    return torch.stack(torch._foreach_norm(tensors, float("inf"))).sum() if tensors else torch.zeros(())
 
 
 def blocks(layers: Mapping[str, Layer]) -> dict[str, Tensor]:

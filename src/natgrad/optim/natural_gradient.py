@@ -20,10 +20,11 @@ from natgrad.likelihood import Likelihood
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.coverage import coverage_table
+from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.groups import build_groups
-from natgrad.optim.layerwise import Layerwise, State, blocks
+from natgrad.optim.layerwise import Layerwise, State, blocks, largest
 from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
 
@@ -57,9 +58,9 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: float = 0.95,
-        observe_every: int = 2,
+        observe_every: int = 4,
         refresh_every: int = 10,
-        observe_fraction: float = 0.5,
+        observe_fraction: float = 1.0,
         staggered: bool = False,
         weight_sharing: Sharing = "expand",
         exclude: Iterable[str] = (),
@@ -136,10 +137,12 @@ class NaturalGradient(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget what was recorded for them."""
         self._engine.discard(only_live=True)
+        if not self._engine.pending:
+            self._arm()  # labels start anew: a step that a GradScaler skipped has used some
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, after evaluating the closure once if there is one. All is computed first, then applied or not.
 
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
@@ -164,6 +167,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 return closure()
         except BaseException:
             self._engine.discard()
+            self._arm()
             raise
 
     def _propose(self, records: list[Record]) -> _Proposal | None:
@@ -172,6 +176,7 @@ class NaturalGradient(torch.optim.Optimizer):
         names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
         products = {"finite": self._rest_is_finite(names)}
+        products["observed"] = self._curvature.size(self._now, curvature)
         if names:
             products |= {"slope": directions.slope(), "drift": directions.drift()}
             products |= self.step_size.products(directions, self._clock["damping"], self._clock["memory"])
@@ -179,7 +184,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if not all(math.isfinite(value) for value in read.values()):
             return None
         momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
-        situation = Situation(read, lr, momentum, self._clock["memory"])
+        capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
+        situation = Situation(read, lr, momentum, self._clock["memory"], capacity)
         decision = self.step_size.decide(situation) if names else Decision(0.0, 0.0)
         return _Proposal(curvature, directions, decision, read.get("drift", 0.0), lr)
 
@@ -212,14 +218,24 @@ class NaturalGradient(torch.optim.Optimizer):
         self._adapt(proposal)
         self._now = proposal.curvature
         for name, curvature in proposal.curvature.items():
-            self.state[self.layers[name].parameters[0]].update(curvature.state())
+            self._remember(self.layers[name], curvature)
         self._move(proposal)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
         stepped = proposal.directions.layers
+        rates = {id(p): group["lr"] for group in self._natural_groups() for p in group["params"]}
         unseen = [p for name, layer in self.layers.items() if name not in stepped for p in layer.parameters]
-        adamw_step(unseen, self.state, self._adamw)
+        adamw_step([p for p in unseen if rates[id(p)]], self.state, self._adamw)
+
+    def _remember(self, layer: Layer, curvature: LayerCurvature) -> None:
+        """Every parameter gets an entry, and every layer all of its names: distributed checkpoints ask for both."""
+        weight, *others = layer.parameters
+        for p in others:
+            self.state.setdefault(p, {})
+        self.state[weight].update(curvature.state())
+        if "momentum" not in self.state[weight]:
+            self.state[weight]["momentum"] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
 
     def _move(self, proposal: _Proposal) -> None:
         directions, decision, lr = proposal.directions, proposal.decision, proposal.lr
@@ -247,6 +263,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self._report["ratio"] = clock["actual"] / clock["expected"]
             if self.steps % self.damping.every == 0:
                 clock["damping"] = self.damping.adapt(clock["damping"], self._report["ratio"])
+        if decision.restart:
+            clock["damping"] = max(clock["damping"], self.damping.initial)
         clock["memory"] = dict(decision.memory)
         clock |= {"slope": decision.slope, "predicted": decision.predicted, "last_lr": proposal.lr}
         self._report |= {"alpha": decision.alpha, "mu": decision.mu, "kl": decision.predicted - decision.slope}
@@ -267,7 +285,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """A number that is finite if all gradients are that no inner product covers."""
         covered = {id(p) for name in names for p in self.layers[name].parameters}
         rest = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in covered]
-        return torch.stack(torch._foreach_norm(rest)).sum() if rest else torch.zeros(())
+        return largest(rest)
 
     def _rescale(self, records: list[Record]) -> None:
         """Without a likelihood: gradients of the user's mean loss as those of the sum over all examples of the step."""
@@ -288,12 +306,22 @@ class NaturalGradient(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
         super().load_state_dict(state_dict)
+        self._restore_dtypes(state_dict)
+        self._now, self._report = {}, {}
         states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
         if all("observations" in state for state in states.values()):
             empty = self._curvature.empty()
             self._now = {name: c.with_state(states[name]) for name, c in empty.items()}
             self._now = {name: c.prepared(self._curvature.fast(name)) for name, c in self._now.items()}
         self._arm()
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Undo torch's cast of all state to the dtype of the parameter: statistics of bfloat16 layers are float32."""
+        keys = (key for group in state_dict["param_groups"] for key in group["params"])
+        for key, p in zip(keys, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(p.device)
 
 
 def _new_clock(damping: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Step-size policies: how much of the natural gradient and how much of the previous direction.
 
-With D the preconditioned gradient and P the previous direction, the next direction is ``alpha D + mu P`` and a parameter
+With D the preconditioned gradient and P the previous direction, the next direction is ``alpha D + mu P`` and a
+parameter
 moves by ``-lr`` times it. A policy says which inner products it needs (:meth:`StepSize.products`, on the device) and
 what it makes of their values (:meth:`StepSize.decide`, after the one host read of a step).
 """
@@ -26,13 +27,15 @@ Memory = Mapping[str, float]
 class Situation:
     """What a policy decides on: the scalars read, the learning rate and momentum, and what it remembered last time.
 
-    ``read`` always has ``slope`` = <D, M> and ``drift`` = <P, M>, M the gradient.
+    ``read`` always has ``slope`` = <D, M> and ``drift`` = <P, M>, M the gradient. ``capacity`` is the largest
+    entropy of one loss term in nats, the scale on which a KL divergence is large or small.
     """
 
     read: Mapping[str, float]
     lr: float = 1.0
     momentum: float = 0.9
     memory: Memory = field(default_factory=dict)
+    capacity: float = 1.0
 
     def form(self, name: str, alpha: float, mu: float) -> float:
         """(alpha D + mu P)^T X (alpha D + mu P) for the matrix X = ``name``."""
@@ -42,13 +45,17 @@ class Situation:
 
 @dataclass(frozen=True)
 class Decision:
-    """alpha and mu; the slope of the loss along the step and the change of the loss that is predicted; the memory."""
+    """alpha and mu; the slope of the loss along the step and the change of the loss that is predicted; the memory.
+
+    ``restart``: whether damping that was lowered should return to where it started.
+    """
 
     alpha: float
     mu: float
     slope: float = 0.0
     predicted: float = 0.0
     memory: Memory = field(default_factory=dict)
+    restart: bool = False
 
 
 class StepSize(ABC):
@@ -85,7 +92,8 @@ class Constant(StepSize):
 class KLLimit(StepSize):
     """alpha = min(1, sqrt(limit / (lr^2 <D, M>))): the predicted KL of the step, lr^2 <D, M> / 2, is at most limit / 2.
 
-    ``limit`` is in nats per loss term. References: Ba, Grosse and Martens, ICLR 2017; Pauloski et al., arXiv 2107.01739.
+    ``limit`` is in nats per loss term. References: Ba, Grosse and Martens, ICLR 2017; Pauloski et al., arXiv
+    2107.01739.
     """
 
     limit: float = 1e-3
@@ -107,8 +115,8 @@ class AdaptiveKLLimit(StepSize):
 
     The slope <P, M> of the loss on a *new* batch along the direction just taken is positive while steps are short, and
     0 on average where they are as long as noise and curvature allow (Pflug's diagnostic, 1990). With r the ratio of the
-    moving averages of <P, M> and \\|<P, M>\\|, every step multiplies the limit by exp(rate clip(2 (r - target), -1, 1)).
-    alpha = min(longest, sqrt(limit / (lr^2 <D, M>))), mu = ``momentum``.
+    moving averages of <P, M> and \\|<P, M>\\|, every step multiplies the limit by exp(rate clip(2 (r - target), -1,
+    1)). alpha = min(longest, sqrt(limit / (lr^2 <D, M>))), mu = ``momentum``.
     """
 
     limit: float = 1e-3
@@ -141,10 +149,18 @@ class QuadraticModel(StepSize):
     directions, read off the samples that the statistics use anyway: V1^T F V2 = 1/count sum_n u1_n u2_n with
     u_n = sum over layers of sum_t g_nt^T V a_nt. One product per layer and direction; no second pass.
 
-    ``limit`` caps the step's predicted KL, delta^T F delta / 2, in nats per loss term (``None``: no cap).
+    ``limit`` caps the step's predicted KL, delta^T F delta / 2, as a share of the largest entropy that one loss term
+    can
+    have (log C nats for C classes, log 2 for each binary output, 1/2 for each normal one; ``None``: no cap): beyond
+    some per cent of it the model's samples, drawn at the old point, say little about the new one.
     """
 
-    limit: float | None = None
+    limit: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that is not positive."""
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit must be > 0 or None, got {self.limit!r}")
 
     def needs_samples(self, memory: Memory) -> bool:
         """At every step."""
@@ -158,9 +174,10 @@ class QuadraticModel(StepSize):
         """The minimiser; along D alone where the plane is degenerate."""
         alpha, mu = _minimiser(now)
         kl = 0.5 * now.lr**2 * now.form("F", alpha, mu)
-        if self.limit is not None and kl > self.limit:
-            shrink = (self.limit / kl) ** 0.5
-            alpha, mu, kl = alpha * shrink, mu * shrink, self.limit
+        limit = math.inf if self.limit is None else self.limit * now.capacity
+        if kl > limit:
+            shrink = (limit / kl) ** 0.5
+            alpha, mu, kl = alpha * shrink, mu * shrink, limit
         slope = -now.lr * (alpha * now.read["slope"] + mu * now.read["drift"])
         return Decision(alpha, mu, slope, slope + kl)
 
@@ -186,13 +203,15 @@ class Automatic(StepSize):
     On a small batch the model of ``precise`` fits the noise. *Trust* measures that without a further pass: the slope
     along D that the next batch finds at the old point (<P, M> plus the curvature term of the step, less what the old
     direction contributed), over the slope <D, M> that the batch itself claimed; 1 without noise. Both are moving
-    averages. When trust falls below ``threshold``, ``noisy`` takes over for good, starting at the KL of the steps so far.
+    averages. When trust falls below ``threshold``, ``noisy`` takes over for good, starting at the KL of the steps so
+    far.
     """
 
     precise: QuadraticModel = QuadraticModel()
     noisy: AdaptiveKLLimit = AdaptiveKLLimit()
-    threshold: float = 0.5
-    decay: float = 0.9
+    threshold: float = 0.6
+    patience: int = 20
+    decay: float = 0.95
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
@@ -213,22 +232,30 @@ class Automatic(StepSize):
             decided = self.noisy.decide(now)
             return replace(decided, memory={**decided.memory, "noisy": 1.0})
         memory = self._judged(now)
-        if memory["seen"] > _WARM_UP and memory["gain"] < self.threshold * memory["claim"]:
+        if self._distrusts(memory):
             limit = 2 * memory["kl"] * (1 - now.momentum) ** 2
             fresh = replace(now, momentum=0.0, memory={"limit": limit})
             decided = self.noisy.decide(fresh)
-            return replace(decided, memory={**decided.memory, "noisy": 1.0})
-        decided = self.precise.decide(now)
+            return replace(decided, memory={**decided.memory, "noisy": 1.0}, restart=True)
+        decided = replace(self.precise, limit=memory["cap"]).decide(now)
         return replace(decided, memory=memory | self._promised(now, decided, memory))
+
+    def _distrusts(self, memory: Memory) -> bool:
+        """Below the threshold after ``patience`` comparisons; below 0 (the steps go uphill) already after a few."""
+        threshold = self.threshold if memory["seen"] > self.patience else 0.0
+        return memory["seen"] > _WARM_UP and memory["gain"] < threshold * memory["claim"]
 
     def _judged(self, now: Situation) -> dict[str, float]:
         """The memory after comparing what the last step claimed with what this batch finds."""
-        memory = {"gain": 0.0, "claim": 0.0, "seen": 0.0, "kl": 0.0, **now.memory}
+        most = math.inf if self.precise.limit is None else self.precise.limit
+        memory = {"gain": 0.0, "claim": 0.0, "seen": 0.0, "kl": 0.0, "cap": min(most, 0.4) / 4, **now.memory}
         if "promise" in memory:
             found = now.read["drift"] + memory["bend"] - memory["known"]
             memory["gain"] = _average(memory["gain"], found, self.decay)
             memory["claim"] = _average(memory["claim"], memory["promise"], self.decay)
             memory["seen"] += 1
+            kept = found > 0.25 * memory["promise"]
+            memory["cap"] = min(2 * memory["cap"], most) if kept else max(0.7 * memory["cap"], 1e-3 * min(most, 1.0))
             memory["trust"] = memory["gain"] / memory["claim"] if memory["claim"] > 0 else 1.0
         return memory
 

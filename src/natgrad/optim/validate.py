@@ -58,6 +58,12 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"estimator {settings['estimator']!r} needs a likelihood; without one only 'empirical' is possible"
         )
+    if settings["step_size"].needs_inputs and settings["estimator"] == "empirical":
+        raise ValueError(f"{settings['step_size']!r} needs a likelihood and an estimator that is not 'empirical'")
+    if settings["grad_scaler"] is not None and not hasattr(settings["grad_scaler"], "get_scale"):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {settings['grad_scaler']!r}")
+    for name in ("nesterov", "staggered"):
+        kind(name, settings[name], bool, "True or False")
     if settings["weight_sharing"] not in ("expand", "reduce"):
         raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {settings['weight_sharing']!r}")
     precision = settings["precision"]

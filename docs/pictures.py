@@ -1,0 +1,200 @@
+"""Draw the pictures of the documentation: `make docs`, or `python docs/pictures.py`. One function per picture.
+
+All pictures show the same layer: the last one of a small digits classifier, after a few natural-gradient steps, in
+float64 and on one thread, so that they come out the same everywhere up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import natgrad
+from natgrad import (
+    EKFAC,
+    KFAC,
+    TEKFAC,
+    TKFAC,
+    Approximation,
+    Categorical,
+    Diagonal,
+    ExactFisher,
+    KLLimit,
+    NaturalGradient,
+)
+from natgrad.matrix import Factored, Kronecker, Spectral, Tikhonov
+from natgrad.matrix.damping import SpectralRule
+
+HERE = Path(__file__).parent / "pictures"
+LAYER = "2"  # 10 outputs, 5 inputs and the bias: a block of 60 x 60
+PAIR = 3.1  # inches of one panel
+INK, PALE = "#1f4e79", "#c8772b"
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 digits of 3 x 3 grey values (n, 9), and their classes."""
+    data = load_digits()
+    images = torch.tensor(data.images).unsqueeze(1) / 16
+    return nn.functional.adaptive_avg_pool2d(images, 3).flatten(1), torch.tensor(data.target)
+
+
+@cache
+def trained() -> nn.Module:
+    """A 9-5-10 tanh classifier after 40 steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 10)).double()
+    x, y = digits()
+    optimizer = NaturalGradient(model, KFAC(), likelihood=Categorical(), step_size=KLLimit(0.01), damping=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@cache
+def matrix(approximation: Approximation) -> natgrad.matrix.Matrix:
+    """The Fisher of the layer under ``approximation``, all labels summed over."""
+    return natgrad.fisher(trained(), approximation, Categorical(), [digits()])[LAYER]
+
+
+def error(approximation: Approximation) -> float:
+    """|F - approximation| / |F|, Frobenius norms."""
+    F = matrix(ExactFisher()).dense()
+    return float((F - matrix(approximation).dense()).norm() / F.norm())
+
+
+def heat(axes: Axes, values: Tensor, title: str) -> None:
+    """A symmetric matrix in colours that all panels share: logarithmic in size, red above 0, blue below."""
+    top = float(matrix(ExactFisher()).dense().abs().max())
+    axes.imshow(values, cmap="RdBu_r", norm=SymLogNorm(top / 100, vmin=-top, vmax=top), interpolation="nearest")
+    axes.set(title=title, xticks=[], yticks=[])
+
+
+def panels(number: int) -> tuple[Figure, list[Axes]]:
+    """A row of square panels."""
+    figure, axes = plt.subplots(1, number, figsize=(PAIR * number, PAIR), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
+def matrices(*shown: tuple[str, Approximation]) -> Figure:
+    """The exact matrix, then each approximation with its error."""
+    figure, axes = panels(1 + len(shown))
+    heat(axes[0], matrix(ExactFisher()).dense(), "exact F")
+    for here, (name, approximation) in zip(axes[1:], shown, strict=True):
+        heat(here, matrix(approximation).dense(), f"{name}: error {error(approximation):.2f}")
+    return figure
+
+
+def overview() -> Figure:
+    """Readme: one layer's Fisher, and what each structure keeps of it."""
+    return matrices(("Diagonal", Diagonal()), ("KFAC", KFAC()), ("EKFAC", EKFAC()))
+
+
+def exact() -> Figure:
+    """The matrix and its eigenvalues, which is why it needs damping."""
+    figure, axes = panels(2)
+    F = matrix(ExactFisher()).dense()
+    heat(axes[0], F, "exact F of one layer")
+    axes[1].semilogy(torch.linalg.eigvalsh(F).flip(0).clamp(min=1e-9), ".", color=INK)
+    axes[1].axhline(1e-3, color=PALE)
+    axes[1].text(0, 8e-4, "damping .001", color=PALE, va="top")
+    axes[1].set(title="eigenvalues, 0 drawn as 1e-9", xlabel="rank")
+    return figure
+
+
+def diagonal() -> Figure:
+    """What is left when only the diagonal is kept."""
+    return matrices(("Diagonal", Diagonal()))
+
+
+def kfac() -> Figure:
+    """The product and its two factors."""
+    figure, axes = panels(4)
+    product = matrix(KFAC())
+    assert isinstance(product, Kronecker)
+    heat(axes[0], matrix(ExactFisher()).dense(), "exact F")
+    heat(axes[1], product.dense(), f"KFAC: error {error(KFAC()):.2f}")
+    for here, factor, name in ((axes[2], product.left, "G (out, out)"), (axes[3], product.right, "A (in, in)")):
+        top = float(factor.abs().max())
+        here.imshow(factor, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+        here.set(title=name, xticks=[], yticks=[])
+    return figure
+
+
+def corrected(base: Approximation, better: Approximation, names: tuple[str, str]) -> Figure:
+    """A product, its eigenvalue correction, and measured against assumed eigenvalues."""
+    figure, axes = panels(4)
+    product, spectral = matrix(base), matrix(better)
+    assert isinstance(product, Kronecker) and isinstance(spectral, Spectral)
+    heat(axes[0], matrix(ExactFisher()).dense(), "exact F")
+    heat(axes[1], product.dense(), f"{names[0]}: error {error(base):.2f}")
+    heat(axes[2], spectral.dense(), f"{names[1]}: error {error(better):.2f}")
+    assumed = product.spectral().values.flatten().clamp(min=1e-9)
+    kept = assumed > 1e-8  # softmax gradients sum to 0 over the classes: six eigenvalues are 0
+    axes[3].loglog(assumed[kept], spectral.values.flatten()[kept], ".", color=INK)
+    ends = [float(assumed[kept].min()), float(assumed.max())]
+    axes[3].loglog(ends, ends, color=PALE)
+    axes[3].set(title="eigenvalues", xlabel=f"products, {names[0]}", ylabel=f"measured, {names[1]}")
+    return figure
+
+
+def ekfac() -> Figure:
+    """KFAC and EKFAC."""
+    return corrected(KFAC(), EKFAC(), ("KFAC", "EKFAC"))
+
+
+def tkfac() -> Figure:
+    """KFAC and TKFAC: the same structure, other factors."""
+    return matrices(("KFAC", KFAC()), ("TKFAC", TKFAC()))
+
+
+def tekfac() -> Figure:
+    """TKFAC and TEKFAC."""
+    return corrected(TKFAC(), TEKFAC(), ("TKFAC", "TEKFAC"))
+
+
+def damping() -> Figure:
+    """What the two rules add to EKFAC's eigenvalues, at one damping."""
+    figure, axes = panels(2)
+    spectral = matrix(EKFAC())
+    assert isinstance(spectral, Spectral)
+    s = spectral.values
+    kept = s > 1e-8
+    ends = [float(s[kept].min()), float(s.max())]
+    rules: tuple[SpectralRule, ...] = (Tikhonov(), Factored())
+    for here, rule in zip(axes, rules, strict=True):
+        here.loglog(s[kept], (s + rule.shift(s, 1e-3))[kept], ".", color=INK)
+        here.loglog(ends, ends, color=PALE)
+        here.set(title=f"{type(rule).__name__}, damping .001", xlabel="measured s", ylabel="damped s")
+    return figure
+
+
+PICTURES: tuple[Callable[[], Figure], ...] = (overview, exact, diagonal, kfac, ekfac, tkfac, tekfac, damping)
+
+
+def main() -> None:
+    """Write all pictures."""
+    torch.set_num_threads(1)
+    HERE.mkdir(exist_ok=True)
+    for draw in PICTURES:
+        figure = draw()
+        figure.savefig(HERE / f"{draw.__name__}.png", dpi=68, metadata={"Software": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Policies decide by their formulas; the cadence is a table of steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from training import batch, copy_of, network, optimizer_of, same, train, values
+
+from natgrad import ExactQuadraticModel, KLLimit, LevenbergMarquardt, QuadraticModel
+from natgrad.optim.cadence import Cadence
+from natgrad.optim.step_size import Situation
+from oracles import assert_equal
+
+# The quadratic model.
+
+
+def test_the_samples_of_the_exact_estimator_give_the_model_of_exact_jacobian_products() -> None:
+    runs = []
+    for step_size in (QuadraticModel(), ExactQuadraticModel()):
+        model = network()
+        optimizer = optimizer_of(model, step_size=step_size, estimator="exact")
+        train(model, optimizer, [batch(step) for step in range(5)])
+        seen = optimizer.statistics()
+        runs.append((torch.tensor([seen["alpha"], seen["mu"], seen["kl"]]), values(model)))
+    assert_equal(runs[0][0], runs[1][0], 1e-6)  # the scalars are read in single precision
+    for found, expected in zip(runs[0][1], runs[1][1], strict=True):
+        assert_equal(found, expected, 1e-6)
+
+
+def test_sampled_and_exact_curvature_along_the_directions_agree_to_1e_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = optimizer_of(model, step_size=ExactQuadraticModel(), estimator="exact")
+    pairs = []
+
+    def both(self: Any, directions: Any, *others: Any) -> Any:
+        pairs.append((directions.sampled_curvature(), directions.exact_curvature()))
+        return QuadraticModel.products(self, directions, *others)
+
+    monkeypatch.setattr(ExactQuadraticModel, "products", both)
+    train(model, optimizer, [batch(step) for step in range(4)])
+    for sampled, exact in pairs:
+        assert_equal(sampled, exact, 1e-8)
+    assert len(pairs) == 4
+
+
+def situation(seed: int, lr: float = 1.0) -> tuple[Situation, torch.Tensor, torch.Tensor]:
+    """A random 2 x 2 quadratic model, with its matrix B and slopes b."""
+    generator = torch.Generator().manual_seed(seed)
+    R = torch.randn(2, 2, generator=generator)
+    B = R @ R.mT + 0.1 * torch.eye(2)
+    b = torch.randn(2, generator=generator).abs()
+    dd, dp, pp = float(B[0, 0]), float(B[0, 1]), float(B[1, 1])
+    read = {"slope": float(b[0]), "drift": float(b[1])}
+    read |= {f"D{x}D": dd for x in "BF"} | {f"D{x}P": dp for x in "BF"} | {f"P{x}P": pp for x in "BF"}
+    return Situation(read, lr=lr), B, b
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_quadratic_model_returns_the_minimiser_of_a_dense_solve_and_no_grid_point_is_lower(seed: int) -> None:
+    now, B, b = situation(seed)
+    decided = QuadraticModel(limit=None).decide(now)
+    found = torch.tensor([decided.alpha, decided.mu])
+    assert_equal(found, torch.linalg.solve(B, b), 1e-10)
+
+    def q(v: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (v @ B * v).sum(-1) - v @ b
+
+    grid = found + 0.3 * torch.cartesian_prod(torch.linspace(-1, 1, 11), torch.linspace(-1, 1, 11))
+    assert (q(grid) >= q(found.unsqueeze(0)) - 1e-12).all()
+
+
+def test_the_quadratic_model_goes_along_d_alone_where_the_plane_is_degenerate() -> None:
+    read = {"slope": 2.0, "drift": 0.0, **dict.fromkeys(("DBP", "PBP", "DFP", "PFP"), 0.0), "DBD": 4.0, "DFD": 4.0}
+    decided = QuadraticModel(limit=None).decide(Situation(read))
+    assert (decided.alpha, decided.mu) == (0.5, 0.0)
+
+
+def test_the_quadratic_model_keeps_its_kl_limit() -> None:
+    now, _, _ = situation(0)
+    decided = QuadraticModel(limit=1e-3).decide(now)
+    assert 0.5 * now.form("F", decided.alpha, decided.mu) == pytest.approx(1e-3 * getattr(now, "capacity", 1.0))
+
+
+# The KL limit and Levenberg-Marquardt.
+
+
+@pytest.mark.parametrize(
+    ("slope", "lr", "alpha"), [(4.0, 0.1, (1e-3 / 0.04) ** 0.5), (1e-6, 0.1, 1.0), (0.0, 0.1, 0.0), (-1.0, 0.1, 0.0)]
+)
+def test_the_kl_limit_is_the_square_root_of_the_limit_over_the_predicted_kl(slope: Any, lr: Any, alpha: Any) -> None:
+    decided = KLLimit(1e-3).decide(Situation({"slope": slope, "drift": 0.0}, lr, 0.8))
+    assert decided.alpha == pytest.approx(alpha)
+    assert decided.mu == 0.8
+
+
+def test_levenberg_marquardt_lowers_damping_where_the_model_is_right_and_raises_it_where_it_is_wrong() -> None:
+    rule = LevenbergMarquardt(initial=1.0, factor=0.9, every=5, minimum=0.5, maximum=2.0)
+    change = 0.9**5
+    for ratio, expected in [(0.9, change), (0.75, 1.0), (0.5, 1.0), (0.25, 1.0), (0.1, 1 / change), (-3.0, 1 / change)]:
+        assert rule.adapt(1.0, ratio) == pytest.approx(expected)
+    assert rule.adapt(0.5, 1.0) == 0.5
+    assert rule.adapt(2.0, 0.0) == 2.0
+
+
+# The cadence.
+
+
+def test_a_period_starts_with_refreshes_at_powers_of_two() -> None:
+    cadence = Cadence(observe_every=10, refresh_every=10)
+    expected = [0, 1, 2, 4, 8, 10, 20, 30]
+    assert [step for step in range(40) if cadence.refreshes(step, 0, 3)] == expected
+    assert [step for step in range(40) if cadence.observes(step)] == expected
+
+
+@pytest.mark.parametrize(("period", "layers"), [(10, 3), (4, 9), (7, 7), (1, 4)])
+def test_staggered_refreshes_cover_every_layer_exactly_once_a_period(period: int, layers: int) -> None:
+    cadence = Cadence(refresh_every=period, staggered=True)
+    for start in (period, 5 * period + 3):
+        steps = range(start, start + period)
+        counts = [sum(cadence.refreshes(step, layer, layers) for step in steps) for layer in range(layers)]
+        assert counts == [1] * layers
+        most = max(sum(cadence.refreshes(step, layer, layers) for layer in range(layers)) for step in steps)
+        assert most <= -(-layers // period)
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+def test_law_29_every_layer_is_refreshed_again_after_its_first_refresh(staggered: bool) -> None:
+    model = network()
+    optimizer = optimizer_of(model, observe_every=2, refresh_every=8, staggered=staggered)
+    history = []
+    for step in range(17):
+        train(model, optimizer, [batch(step)])
+        states = (optimizer.state[model.get_parameter(f"{name}.weight")] for name in optimizer.layers)
+        history.append([state["refreshes"] for state in states])
+    cadence = Cadence(2, 8, staggered=staggered)
+    for layer in range(2):
+        due = [step for step in range(17) if cadence.refreshes(step, layer, 2)]
+        assert due[-1] >= 12
+        assert history[-1][layer] == len(due)
+
+
+def test_the_inverse_changes_at_refreshes_alone() -> None:
+    model = network()
+    optimizer = optimizer_of(model, step_size=KLLimit(), observe_every=1, refresh_every=6)
+
+    def inverses() -> list[torch.Tensor]:
+        state = copy_of(optimizer)["state"]
+        return [v for entry in state.values() for name, v in entry.items() if name.startswith("inverse")]
+
+    train(model, optimizer, [batch(0)])
+    before = inverses()
+    for step in range(1, 14):
+        train(model, optimizer, [batch(step)])
+        assert same(inverses(), before) == (not Cadence(1, 6).refreshes(step, 0, 2))
+        before = inverses()

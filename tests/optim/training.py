@@ -1,0 +1,90 @@
+"""A small task, and the few lines of a training loop that the tests of the optimizer share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Categorical, NaturalGradient
+
+FOUR = [KFAC, EKFAC, TKFAC, TEKFAC]
+Batch = tuple[Tensor, Tensor]
+
+
+def network(seed: int = 3) -> nn.Sequential:
+    """Two covered layers (``0``, ``3``) and a norm that AdamW trains (``2``)."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3))
+
+
+def batch(seed: int = 0, n: int = 8) -> Batch:
+    """Correlated inputs, and labels that depend on them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return x, (x[:, :3] + 0.5 * x[:, 2:]).argmax(1)
+
+
+def noise(seed: int = 0, n: int = 4) -> Batch:
+    """Labels that have nothing to do with the inputs."""
+    x, _ = batch(seed, n)
+    return x, torch.randint(3, (n,), generator=torch.Generator().manual_seed(seed + 77))
+
+
+def optimizer_of(model: nn.Module, approximation: Any = None, **settings: Any) -> NaturalGradient:
+    settings = {"likelihood": Categorical(), "refresh_every": 5, **settings}
+    return NaturalGradient(model, approximation, **settings)
+
+
+def backward(model: nn.Module, optimizer: torch.optim.Optimizer, data: Batch) -> Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(data[0]), data[1])
+    loss.backward()
+    return loss.detach()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> list[Tensor]:
+    """The losses."""
+    losses = []
+    for data in batches:
+        losses.append(backward(model, optimizer, data))
+        optimizer.step()
+    return losses
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(expected, Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def copy_of(optimizer: torch.optim.Optimizer) -> Any:
+    """The state as it is now, which later steps do not change."""
+    return through_a_file(optimizer.state_dict())
+
+
+def without_counters(state: dict[str, Any]) -> dict[str, Any]:
+    """A copied ``state_dict()`` without the numbers of steps done and skipped."""
+    for group in state["param_groups"]:
+        for name in ("steps", "skipped"):
+            group.get("clock", {}).pop(name, None)
+    return state
