@@ -37,14 +37,11 @@ class EigenCorrected(Approximation):
     * ``"reseed"``: the eigenvalues of ``base``;  * ``"keep"``: s as it is.
 
     ``rule`` is the damping. Without one the matrix itself is damped exactly, (F + damping I)^-1, which is what
-    Laplace and
-    influence need, and training steps by ``Factored()`` on the margins of s: eigenvalues measured on few examples are
-    often far too small, and the cross terms of factored damping lift them in proportion to their row and column,
-    where a
-    constant does not. ``Tikhonov()``, ``Factored()`` or ``Relative()`` hold for both. Cost: that of ``base`` with
-    eigh for Cholesky
-    (9 to 25 (in^3 + out^3) flops), 2 n (in^2 + out^2 + in out) an observation, 4 in out (in + out) a step.
-    Reference: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
+    Laplace and influence need, and training steps by ``Factored()`` on the margins of s: eigenvalues measured on few
+    examples are often far too small, and the cross terms of factored damping lift them in proportion to their row and
+    column, where a constant does not. ``Tikhonov()``, ``Factored()`` or ``Relative()`` hold for both. Cost: that of
+    ``base`` with eigh for Cholesky (9 to 25 (in^3 + out^3) flops), 2 n (in^2 + out^2 + in out) an observation, 4 in
+    out (in + out) a step. Reference: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
     """
 
     base: Approximation

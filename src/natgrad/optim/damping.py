@@ -11,11 +11,10 @@ class LevenbergMarquardt:
     6.5).
 
     Every ``every`` steps lambda is multiplied by ``factor``^every where ratio = actual / predicted change of the
-    loss is
-    above 3/4, and divided by it below 1/4. The actual change is estimated without a second pass: it is the mean of the
-    slopes along the step at its two ends, <M_t, delta> and <M_t+1, delta>, the latter on the *next* batch, so that a
-    step
-    that only fitted the noise of its own batch is seen as one. Both changes are averaged over steps with ``decay``.
+    loss is above 3/4, and divided by it below 1/4. The actual change is estimated without a second pass: it is the
+    mean of the slopes along the step at its two ends, <M_t, delta> and <M_t+1, delta>, the latter on the *next*
+    batch, so that a step that only fitted the noise of its own batch is seen as one. Both changes are averaged over
+    steps with ``decay``.
 
     lambda stays in [``minimum``, ``maximum``]; the unit is that of F, the loss per squared parameter.
     """

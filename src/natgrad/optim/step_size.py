@@ -1,9 +1,8 @@
 """Step-size policies: how much of the natural gradient and how much of the previous direction.
 
 With D the preconditioned gradient and P the previous direction, the next direction is ``alpha D + mu P`` and a
-parameter
-moves by ``-lr`` times it. A policy says which inner products it needs (:meth:`StepSize.products`, on the device) and
-what it makes of their values (:meth:`StepSize.decide`, after the one host read of a step).
+parameter moves by ``-lr`` times it. A policy says which inner products it needs (:meth:`StepSize.products`, on the
+device) and what it makes of their values (:meth:`StepSize.decide`, after the one host read of a step).
 """
 
 from __future__ import annotations
@@ -150,9 +149,8 @@ class QuadraticModel(StepSize):
     u_n = sum over layers of sum_t g_nt^T V a_nt. One product per layer and direction; no second pass.
 
     ``limit`` caps the step's predicted KL, delta^T F delta / 2, as a share of the largest entropy that one loss term
-    can
-    have (log C nats for C classes, log 2 for each binary output, 1/2 for each normal one; ``None``: no cap): beyond
-    some per cent of it the model's samples, drawn at the old point, say little about the new one.
+    can have (log C nats for C classes, log 2 for each binary output, 1/2 for each normal one; ``None``: no cap):
+    beyond some per cent of it the model's samples, drawn at the old point, say little about the new one.
     """
 
     limit: float | None = 0.05
