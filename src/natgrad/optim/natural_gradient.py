@@ -41,7 +41,44 @@ class _Proposal:
 
 
 class NaturalGradient(torch.optim.Optimizer):
-    """theta <- theta - lr (alpha D + mu P), with D = (F + damping I)^-1 grad for a structured F (Amari 1998)."""
+    """theta <- theta - lr (alpha D + mu P), with D = (F + damping I)^-1 grad for a structured Fisher F (Amari 1998).
+
+    P is the previous direction; alpha and mu are the business of ``step_size``. Layers that have an adapter follow the
+    natural gradient, every other parameter AdamW; ``print(optimizer)`` says which is which, and why. The training loop
+    is the usual one, the model's ``forward`` is observed by hooks. Memory beside the model: statistics, matrix and
+    inverse of the approximation and one direction. Cost: what the approximation says, and ``docs/step-size.md``.
+
+    Args:
+        model: the module itself, not its parameters.
+        approximation: the structure of F, for example ``EKFAC()``; default ``KFAC()``.
+        likelihood: what the outputs mean; with it F is the true Fisher, without it the empirical one.
+        estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
+        draws: labels drawn per example by ``"sampled"``.
+        lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
+        step_size: the policy for alpha and mu; default ``Automatic()``.
+        damping: a constant in units of F, or a ``LevenbergMarquardt`` policy (default).
+        momentum: mu of the policies that do not choose it.
+        nesterov: look ahead by one step of the momentum.
+        weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
+        decay: weight of the old statistics in the moving averages.
+        observe_every: steps between observations; the first steps observe more often.
+        refresh_every: steps between new matrices; the first steps refresh more often.
+        observe_fraction: the share of the batch, its first examples, that statistics are taken on.
+        staggered: spread the refreshes of the layers over the period.
+        weight_sharing: ``"expand"`` or ``"reduce"`` for weights used at several positions.
+        exclude: names of modules left to AdamW.
+        groups: dicts with ``params`` and their own ``lr`` or ``weight_decay``; the rest forms a group of its own.
+        adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
+            the block is large) or a dtype.
+        grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
+        seed: of the drawn labels.
+
+    Raises:
+        TypeError, ValueError: for a setting of the wrong kind or outside its range, before anything is changed.
+
+    Reference: Martens and Grosse, arXiv 1503.05671.
+    """
 
     def __init__(
         self,

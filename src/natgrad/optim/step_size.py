@@ -135,7 +135,8 @@ class AdaptiveKLLimit(StepSize):
             seen += 1
         if seen > _WARM_UP:
             limit *= math.exp(self.rate * min(max(2 * (drift / size - self.target), -1.0), 1.0))
-        limit = min(limit, 2 * (now.lr * self.longest) ** 2 * max(now.read["slope"], 1e-30)) if seen else limit
+        if seen and now.lr > 0 and now.read["slope"] > 0:  # a limit that does not bind must not grow on
+            limit = min(limit, 2 * (now.lr * self.longest) ** 2 * now.read["slope"])
         decided = _limited(limit, self.longest, now)
         return replace(decided, memory={"limit": limit, "drift": drift, "size": size, "seen": seen})
 
@@ -201,13 +202,14 @@ class Automatic(StepSize):
     On a small batch the model of ``precise`` fits the noise. *Trust* measures that without a further pass: the slope
     along D that the next batch finds at the old point (<P, M> plus the curvature term of the step, less what the old
     direction contributed), over the slope <D, M> that the batch itself claimed; 1 without noise. Both are moving
-    averages. When trust falls below ``threshold``, ``noisy`` takes over for good, starting at the KL of the steps so
-    far.
+    averages. When trust falls below ``threshold`` (after ``patience`` steps, or below 0 after a few), ``noisy`` takes
+    over for good, starting at the KL of the steps so far. Until then the model's KL limit is a trust region: it starts
+    at a quarter, doubles after a step that kept a quarter of its promise, and shrinks after one that did not.
     """
 
     precise: QuadraticModel = QuadraticModel()
     noisy: AdaptiveKLLimit = AdaptiveKLLimit()
-    threshold: float = 0.6
+    threshold: float = 0.75
     patience: int = 20
     decay: float = 0.95
 
@@ -272,8 +274,9 @@ _WARM_UP = 5  # comparisons before one is acted on
 
 def read_once(products: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of all scalars in one transfer to the host."""
-    names = list(products)
-    return dict(zip(names, torch.stack([products[name].float() for name in names]).tolist(), strict=True))
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in products.values()) else torch.float32
+    values = torch.stack([value.to(dtype) for value in products.values()]).tolist()
+    return dict(zip(products, values, strict=True))
 
 
 def _system(directions: Directions, damping: float, curvature: Tensor) -> Mapping[str, Tensor]:
