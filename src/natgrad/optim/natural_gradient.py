@@ -242,7 +242,7 @@ class NaturalGradient(torch.optim.Optimizer):
         D = self._curvature.precondition(curvature, M)
         P = {name: self.state[layer.parameters[0]].get("momentum") for name, layer in layers.items()}
         P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
-        rates = {id(p): group["lr"] for group in self._natural_groups() for p in group["params"]}
+        rates = {key: group["lr"] for key, group in self._settings().items()}
         lr = max(rates.values(), default=0.0)
         for name, layer in layers.items():
             rate = rates[id(layer.parameters[0])]
@@ -261,7 +261,7 @@ class NaturalGradient(torch.optim.Optimizer):
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
         stepped = proposal.directions.layers
-        rates = {id(p): group["lr"] for group in self._natural_groups() for p in group["params"]}
+        rates = {key: group["lr"] for key, group in self._settings().items()}
         unseen = [p for name, layer in self.layers.items() if name not in stepped for p in layer.parameters]
         adamw_step([p for p in unseen if rates[id(p)]], self.state, self._adamw)
 
@@ -276,7 +276,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _move(self, proposal: _Proposal) -> None:
         directions, decision, lr = proposal.directions, proposal.decision, proposal.lr
-        settings = {id(p): group for group in self._natural_groups() for p in group["params"]}
+        settings = self._settings()
         for name, layer in directions.layers.items():
             group = settings[id(layer.parameters[0])]
             D, P = directions.D[name], directions.P[name]
@@ -314,6 +314,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _natural_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["rule"] == "natural"]
+
+    def _settings(self) -> dict[int, dict[str, Any]]:
+        """The natural group of every covered parameter, by the parameter's id."""
+        return {id(p): group for group in self._natural_groups() for p in group["params"]}
 
     def _weights(self) -> list[nn.Parameter]:
         return [layer.parameters[0] for layer in self.layers.values()]
