@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from training import batch, copy_of, network, optimizer_of, same, train, values
 
-from natgrad import ExactQuadraticModel, KLLimit, LevenbergMarquardt, QuadraticModel
+from natgrad import Automatic, ExactQuadraticModel, KLLimit, LevenbergMarquardt, QuadraticModel
 from natgrad.optim.cadence import Cadence
+from natgrad.optim.damping import ConstantDamping
 from natgrad.optim.step_size import Situation
 from oracles import assert_equal
 
@@ -83,6 +85,95 @@ def test_the_quadratic_model_keeps_its_kl_limit() -> None:
     assert 0.5 * now.form("F", decided.alpha, decided.mu) == pytest.approx(1e-3 * getattr(now, "capacity", 1.0))
 
 
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_every_layer_has_the_length_that_minimises_the_model_along_it_alone(damping: float) -> None:
+    model = network()
+    optimizer = optimizer_of(model, estimator="exact", damping=damping, step_size=QuadraticModel(per_layer=False))
+    train(model, optimizer, [batch(step) for step in range(3)])
+    seen = []
+
+    class Looking(QuadraticModel):
+        def prepare(self, directions: Any, *others: Any) -> Any:
+            seen.append((directions.lengths(damping), {name: block.clone() for name, block in directions.D.items()}))
+            alone = []
+            for name in directions.layers:  # the same through exact Jacobian products, with all other layers at 0
+                only = {other: D * (other == name) for other, D in seen[0][1].items()}
+                still = {other: P * 0 for other, P in directions.P.items()}
+                one = replace(directions, D=only, P=still)
+                alone.append(one.slope() / (one.exact_curvature()[0] + damping * one.gram()[0]))
+            seen.append((torch.stack(alone), {}))
+            scaled = directions.scaled(seen[0][0])
+            afresh = replace(scaled)  # without the responses that were kept
+            assert_equal(scaled.sampled_curvature(), afresh.sampled_curvature(), 1e-10)
+            return scaled
+
+    optimizer.step_size = Looking()
+    optimizer._engine.keep_inputs = True
+    train(model, optimizer, [batch(9)])
+    assert_equal(seen[0][0], seen[1][0], 1e-8)
+    assert not torch.allclose(seen[0][0][0], seen[0][0][1], rtol=0.05)
+
+
+def test_a_layer_that_does_not_move_keeps_length_zero_and_no_nan_appears() -> None:
+    model = network()
+    optimizer = optimizer_of(model, step_size=QuadraticModel())
+    train(model, optimizer, [batch(0)])
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
+    for p in optimizer.layers["0"].parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.statistics()["skipped"] == 0
+    assert all(value.isfinite().all() for value in values(model))
+
+
+# The trust region and the trust of the automatic policy.
+
+STEP = {"moved": 1.0, "slope": -1.0, "last": 0.5, "cap": 0.05, "trust": 1.0, "seen": 60.0, "kl": 0.5, "back": 0.0}
+LIKE_D = dict.fromkeys(("DBD", "DFD", "PBP", "PFP"), 1.0) | dict.fromkeys(("DBP", "DFP"), 0.0)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_a_step_that_ends_uphill_goes_back_to_where_the_line_through_its_slopes_is_zero(lr: float) -> None:
+    read = {"slope": 1.0, "drift": -3.0, **LIKE_D}  # the loss fell by 1 per step at the start and rises by 3 at the end
+    decided = Automatic().decide(Situation(read, lr=lr, memory=STEP))
+    assert decided.rejected
+    assert decided.alpha == 0.0
+    assert -lr * decided.mu == pytest.approx(0.75)  # of the way back
+    assert decided.memory["cap"] == pytest.approx(0.125)
+    assert decided.memory["back"] == 1.0
+    assert decided.memory["trust"] == 1.0  # that step said nothing of noise
+
+
+def test_a_step_that_ends_less_steeply_than_it_began_is_kept() -> None:
+    for drift in (0.9, 0.0, -0.9):
+        decided = Automatic().decide(Situation({"slope": 1.0, "drift": drift, **LIKE_D}, memory=STEP))
+        assert not decided.rejected
+        assert decided.alpha > 0
+
+
+def test_the_trust_region_opens_while_promises_are_kept_and_closes_where_they_are_not() -> None:
+    memory = {**STEP, "promise": 1.0, "known": 0.0, "bend": 0.0}
+    for drift, cap, trust in [(0.5, 0.1, 0.975), (0.1, 0.035, 0.955), (-0.5, 0.035, 0.925)]:
+        read = {"slope": 1.0, "drift": drift, **LIKE_D}
+        decided = Automatic(precise=QuadraticModel(limit=1.0)).decide(Situation(read, memory=memory))
+        assert decided.memory["cap"] == pytest.approx(cap)
+        assert decided.memory["trust"] == pytest.approx(trust)
+
+
+def test_below_the_threshold_of_trust_the_noisy_policy_takes_over_at_the_kl_of_the_steps_so_far() -> None:
+    policy = Automatic(threshold=0.9)
+    memory = {**STEP, "trust": 0.5, "promise": 1.0, "known": 0.0, "bend": 0.0}
+    read = {"slope": 1.0, "drift": 0.1, **LIKE_D, "DFD": 4.0}
+    decided = policy.decide(Situation(read, momentum=0.5, memory=memory))
+    assert not policy.decide(Situation(read, momentum=0.5, memory={**memory, "seen": 10.0})).restart
+    assert decided.restart
+    assert decided.mu == 0.0
+    assert 0.5 * decided.alpha**2 * 4.0 == pytest.approx(0.5 * 2 * 0.5 * 0.5**2)
+    assert not policy.needs_samples(decided.memory)
+    assert policy.decide(Situation({"slope": 1.0, "drift": 0.1}, memory=decided.memory)).memory["noisy"] == 1.0
+
+
 # The KL limit and Levenberg-Marquardt.
 
 
@@ -102,6 +193,9 @@ def test_levenberg_marquardt_lowers_damping_where_the_model_is_right_and_raises_
         assert rule.adapt(1.0, ratio) == pytest.approx(expected)
     assert rule.adapt(0.5, 1.0) == 0.5
     assert rule.adapt(2.0, 0.0) == 2.0
+    assert rule.rejected(0.5) == pytest.approx(0.5 * change**-2)
+    assert rule.rejected(1.9) == 2.0
+    assert ConstantDamping(0.3).rejected(0.3) == 0.3
 
 
 # The cadence.

@@ -100,10 +100,10 @@ def test_every_approximation_resumes_bit_for_bit_across_refreshes(case: Case) ->
 
 
 def test_a_resumed_run_remembers_that_the_automatic_policy_gave_up_its_quadratic_model() -> None:
-    batches = [noise(step) for step in range(40)]
+    batches = [noise(step) for step in range(90)]
     parameters, state = run(batches)
     assert state["param_groups"][0]["clock"]["memory"]["noisy"] == 1.0
-    assert same(run(batches, (15, 38)), (parameters, state))
+    assert same(run(batches, (15, 88)), (parameters, state))
 
 
 @pytest.mark.parametrize("step_size", [Automatic(), KLLimit()], ids=["automatic", "kl limit"])

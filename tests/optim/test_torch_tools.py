@@ -147,11 +147,15 @@ def test_clipping_acts_on_the_gradient_and_not_on_the_curvature(clip: Callable[[
     clip(model.parameters(), 0.05)
     optimizer.step()
     unclipped.step()
-    for name in ("0.weight", "3.weight"):
-        state, other = (o.state[m.get_parameter(name)] for o, m in ((optimizer, model), (unclipped, reference)))
+    for name, layer in optimizer.layers.items():
+        state, other = (
+            o.state[m.get_parameter(f"{name}.weight")] for o, m in ((optimizer, model), (unclipped, reference))
+        )
         assert torch.equal(state["stats.A"], other["stats.A"])
         assert torch.equal(state["stats.G"], other["stats.G"])
-        assert state["momentum"].norm() < other["momentum"].norm()
+        clipped = layer.pack([p.grad for p in layer.parameters if p.grad is not None])
+        assert torch.equal(state["momentum"], unclipped._now[name].precondition(clipped))
+        assert not torch.equal(state["momentum"], other["momentum"])
 
 
 # Closures.

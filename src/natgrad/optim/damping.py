@@ -19,7 +19,7 @@ class LevenbergMarquardt:
     lambda stays in [``minimum``, ``maximum``]; the unit is that of F, the loss per squared parameter.
     """
 
-    initial: float = 0.03
+    initial: float = 0.005
     factor: float = 0.95
     every: int = 5
     decay: float = 0.8
@@ -42,6 +42,10 @@ class LevenbergMarquardt:
             damping /= change
         return min(max(damping, self.minimum), self.maximum)
 
+    def rejected(self, damping: float) -> float:
+        """The next lambda after a step that had to be taken back."""
+        return min(damping / self.factor ** (2 * self.every), self.maximum)
+
 
 @dataclass(frozen=True)
 class ConstantDamping:
@@ -57,6 +61,10 @@ class ConstantDamping:
             raise ValueError(f"damping must be a finite number > 0, got {self.initial!r}")
 
     def adapt(self, damping: float, ratio: float) -> float:
+        """lambda itself."""
+        return damping
+
+    def rejected(self, damping: float) -> float:
         """lambda itself."""
         return damping
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -37,23 +38,48 @@ class Directions:
 
     def slope(self) -> Tensor:
         """<D, M>."""
-        return _inner(self.D, self.M)
+        return _inner(self.D, self.M).sum()
 
     def drift(self) -> Tensor:
         """<P, M>."""
-        return _inner(self.P, self.M)
+        return _inner(self.P, self.M).sum()
 
     def gram(self) -> Tensor:
         """<D, D>, <D, P>, <P, P>."""
-        return torch.stack([_inner(self.D, self.D), _inner(self.D, self.P), _inner(self.P, self.P)])
+        return torch.stack([_inner(X, Y).sum() for X, Y in ((self.D, self.D), (self.D, self.P), (self.P, self.P))])
 
     def sampled_curvature(self) -> Tensor:
         """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer."""
-        totals = [(self._responses(record), record.count()) for record in self.records]
+        totals = [torch.stack(list(u.values())).sum(0) for u in self._responses if u]
         if not totals:
             return torch.zeros(3, device=self._device)
-        count = sum(count for _, count in totals)
-        return torch.stack([_pairs(u) for u, _ in totals]).sum(0) / count
+        return torch.stack([_pairs(u) for u in totals]).sum(0) / self._count
+
+    def lengths(self, damping: float) -> Tensor:
+        """One number a layer: the length c of c D that minimises the quadratic model along that layer's D alone.
+
+        c = <D, M> / (D^T F D + damping <D, D>), and 0 where D is 0.
+        """
+        slopes, squares = _inner(self.D, self.M), _inner(self.D, self.D)
+        curvature = torch.zeros_like(slopes)
+        for u in self._responses:
+            own = [u[name][0].square().sum(-1).mean() if name in u else curvature.new_zeros(()) for name in self.D]
+            curvature = curvature + torch.stack(own) / self._count
+        total = curvature + damping * squares
+        return torch.where(total > 0, slopes / total, torch.zeros_like(total))
+
+    def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
+        """The same with the D of every layer multiplied by a factor of its own; D itself is overwritten."""
+        for block, factor in zip(self.D.values(), factors, strict=True):
+            block.mul_(factor)
+        result = replace(self)
+        if "_responses" in self.__dict__:
+            by_name = dict(zip(self.D, factors, strict=True))
+            result.__dict__["_responses"] = [
+                {name: torch.stack([u[0] * by_name[name], u[1]]) for name, u in responses.items()}
+                for responses in self._responses
+            ]
+        return result
 
     def exact_curvature(self) -> Tensor:
         """The same from Jacobian products: two forward-mode passes a record."""
@@ -67,16 +93,22 @@ class Directions:
             count = count + float(record.count(len(output)))
         return total / count
 
-    def _responses(self, record: Record) -> Tensor:
-        """u (2, seeds, n): directional derivatives of the examples along D and P."""
-        total = None
-        for name, layer in self.layers.items():
-            dtype = fast_dtype(self.precision, layer.parameters[0]) or self.D[name].dtype
-            pair = [record.directional(layer, layer.unpack(V[name].to(dtype))) for V in (self.D, self.P)]
-            if pair[0] is not None and pair[1] is not None:
-                u = torch.stack([pair[0], pair[1]])
-                total = u if total is None else total + u
-        return torch.zeros(2, 1, 1, device=self._device) if total is None else total
+    @cached_property
+    def _responses(self) -> list[dict[str, Tensor]]:
+        """For every record u (2, seeds, n) of every layer: directional derivatives of the examples along D and P."""
+        return [
+            {name: u for name, layer in self.layers.items() if (u := self._response(record, name, layer)) is not None}
+            for record in self.records
+        ]
+
+    def _response(self, record: Record, name: str, layer: Layer) -> Tensor | None:
+        dtype = fast_dtype(self.precision, layer.parameters[0]) or self.D[name].dtype
+        D, P = (record.directional(layer, layer.unpack(V[name].to(dtype))) for V in (self.D, self.P))
+        return None if D is None or P is None else torch.stack([D, P])
+
+    @property
+    def _count(self) -> float | Tensor:
+        return sum(record.count() for record in self.records)
 
     def _jacobian_product(self, record: Record, V: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None and self.labels is not None and record.inputs is not None
@@ -100,7 +132,8 @@ class Directions:
 
 
 def _inner(X: Mapping[str, Tensor], Y: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in ((X[name], Y[name]) for name in X)]).sum()
+    """<X, Y>, layer by layer."""
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in ((X[name], Y[name]) for name in X)])
 
 
 def _pairs(u: Tensor) -> Tensor:

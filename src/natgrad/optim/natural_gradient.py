@@ -94,7 +94,7 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        decay: float = 0.95,
+        decay: float = 0.85,
         observe_every: int = 4,
         refresh_every: int = 10,
         observe_fraction: float = 1.0,
@@ -244,12 +244,12 @@ class NaturalGradient(torch.optim.Optimizer):
         P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
         rates = {key: group["lr"] for key, group in self._settings().items()}
         lr = max(rates.values(), default=0.0)
-        for name, layer in layers.items():
-            rate = rates[id(layer.parameters[0])]
-            if rate != lr:
-                D[name] = D[name] * (rate / lr)
         precision, labels = self._curvature.precision, self._engine.labels
-        return Directions(layers, M, D, P, records, precision, self.model, labels), lr
+        directions = Directions(layers, M, D, P, records, precision, self.model, labels)
+        if layers:
+            directions = self.step_size.prepare(directions, self._clock["damping"], self._clock["memory"])
+        shares = [rates[id(layer.parameters[0])] / lr if lr else 1.0 for layer in layers.values()]
+        return (directions if all(share == 1.0 for share in shares) else directions.scaled(shares)), lr
 
     def _apply(self, proposal: _Proposal) -> None:
         self._adapt(proposal)
@@ -282,7 +282,7 @@ class NaturalGradient(torch.optim.Optimizer):
             D, P = directions.D[name], directions.P[name]
             step = P.mul_(decision.mu).add_(D, alpha=decision.alpha)
             self.state[layer.parameters[0]]["momentum"] = step
-            if group["nesterov"]:
+            if group["nesterov"] and decision.mu > 0:  # a step taken back looks back
                 step = decision.mu * step + decision.alpha * D
             for parameter, move in zip(layer.parameters, layer.unpack(step), strict=True):
                 if group["weight_decay"]:
@@ -294,6 +294,7 @@ class NaturalGradient(torch.optim.Optimizer):
         clock, decision = self._clock, proposal.decision
         if clock["predicted"] < 0:
             actual = 0.5 * (clock["slope"] - clock["last_lr"] * proposal.drift)
+            actual = min(actual, -clock["predicted"])  # one bad step must not outweigh many good ones
             weight = self.damping.decay
             clock["actual"] = weight * clock["actual"] + (1 - weight) * actual
             clock["expected"] = weight * clock["expected"] + (1 - weight) * clock["predicted"]
@@ -301,7 +302,9 @@ class NaturalGradient(torch.optim.Optimizer):
             if self.steps % self.damping.every == 0:
                 clock["damping"] = self.damping.adapt(clock["damping"], self._report["ratio"])
         if decision.restart:
-            clock["damping"] = max(clock["damping"], self.damping.initial)
+            clock["damping"] = self.damping.initial
+        if decision.rejected:
+            clock["damping"] = self.damping.rejected(clock["damping"])
         clock["memory"] = dict(decision.memory)
         clock |= {"slope": decision.slope, "predicted": decision.predicted, "last_lr": proposal.lr}
         self._report |= {"alpha": decision.alpha, "mu": decision.mu, "kl": decision.predicted - decision.slope}
