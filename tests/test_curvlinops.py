@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad import EKFAC, KFAC, Approximation, Bernoulli, Categorical, Gaussian
 from natgrad.layers import cover
-from natgrad.likelihood import Likelihood
+from natgrad.likelihoods import Likelihood
 from oracles import assert_equal, error
 
 curvlinops = pytest.importorskip("curvlinops")

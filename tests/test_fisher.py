@@ -13,7 +13,7 @@ from torch.func import functional_call, hessian
 
 import natgrad
 from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Approximation, Bernoulli, Categorical, Diagonal, ExactFisher, Gaussian
-from natgrad.likelihood import Likelihood
+from natgrad.likelihoods import Likelihood
 from natgrad.matrix import Grouped
 from oracles import assert_equal, error, ggn, per_example_gradients
 

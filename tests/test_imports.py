@@ -15,13 +15,13 @@ ROOT = Path(natgrad.__file__).parent
 BELOW: dict[str, set[str]] = {
     "matrix": set(),
     "capture": set(),
-    "likelihood": set(),
+    "likelihoods": set(),
     "layers": set(),
-    "labels": {"likelihood"},
+    "labels": {"likelihoods"},
     "fishers": {"matrix", "capture"},
     "engine": {"capture", "labels", "layers"},
-    "fisher": {"engine", "capture", "fishers", "labels", "layers", "likelihood", "matrix"},
-    "optim": {"engine", "capture", "fishers", "labels", "layers", "likelihood", "matrix"},
+    "fisher": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
+    "optim": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "race")
 CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("__init__.py", "__main__.py")]

@@ -12,7 +12,7 @@ from natgrad.fishers import (
     ExactFisher,
     TKFACExact,
 )
-from natgrad.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.optim import (
     AdaptiveKLLimit,
     Automatic,

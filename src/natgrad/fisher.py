@@ -13,7 +13,7 @@ from natgrad.engine import Engine, Sharing
 from natgrad.fishers import Approximation, Stats, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import Layer, cover
-from natgrad.likelihood import Likelihood
+from natgrad.likelihoods import Likelihood
 from natgrad.matrix import Blocks, Grouped, Matrix
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from natgrad.likelihood import Likelihood
+from natgrad.likelihoods import Likelihood
 
 Estimator = Literal["exact", "sampled", "empirical"]
 

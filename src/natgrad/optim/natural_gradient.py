@@ -16,9 +16,10 @@ from natgrad.engine import Engine, Record, Sharing
 from natgrad.fishers import KFAC, Approximation
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import Layer, cover
-from natgrad.likelihood import Likelihood
+from natgrad.likelihoods import Likelihood
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
+from natgrad.optim.clock import new_clock, remember
 from natgrad.optim.coverage import coverage_table
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping
@@ -121,7 +122,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(build_groups(model, found.layers, natural, adamw or {}, groups), natural)
         self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
         self.step_size, self.damping = step_size, as_damping(damping)
-        self.param_groups[0]["clock"] = _new_clock(self.damping.initial)
+        self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now: State = {}
         self._report: dict[str, float] = {}
@@ -252,7 +253,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return (directions if all(share == 1.0 for share in shares) else directions.scaled(shares)), lr
 
     def _apply(self, proposal: _Proposal) -> None:
-        self._adapt(proposal)
+        self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         self._now = proposal.curvature
         for name, curvature in proposal.curvature.items():
             self._remember(self.layers[name], curvature)
@@ -288,26 +289,6 @@ class NaturalGradient(torch.optim.Optimizer):
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(move, alpha=-lr)
-
-    def _adapt(self, proposal: _Proposal) -> None:
-        """Damping from how the last step's prediction compares with the slope now found along it."""
-        clock, decision = self._clock, proposal.decision
-        if clock["predicted"] < 0:
-            actual = 0.5 * (clock["slope"] - clock["last_lr"] * proposal.drift)
-            actual = min(actual, -clock["predicted"])  # one bad step must not outweigh many good ones
-            weight = self.damping.decay
-            clock["actual"] = weight * clock["actual"] + (1 - weight) * actual
-            clock["expected"] = weight * clock["expected"] + (1 - weight) * clock["predicted"]
-            self._report["ratio"] = clock["actual"] / clock["expected"]
-            if self.steps % self.damping.every == 0:
-                clock["damping"] = self.damping.adapt(clock["damping"], self._report["ratio"])
-        if decision.restart:
-            clock["damping"] = self.damping.initial
-        if decision.rejected:
-            clock["damping"] = self.damping.rejected(clock["damping"])
-        clock["memory"] = dict(decision.memory)
-        clock |= {"slope": decision.slope, "predicted": decision.predicted, "last_lr": proposal.lr}
-        self._report |= {"alpha": decision.alpha, "mu": decision.mu, "kl": decision.predicted - decision.slope}
 
     # Helpers.
 
@@ -366,12 +347,6 @@ class NaturalGradient(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.to(p.device)
-
-
-def _new_clock(damping: float) -> dict[str, Any]:
-    """What the optimizer as a whole remembers: plain numbers, kept in the first parameter group."""
-    names = ("slope", "predicted", "last_lr", "actual", "expected")
-    return {"steps": 0, "skipped": 0, "damping": damping, "memory": {}, **dict.fromkeys(names, 0.0)}
 
 
 def _has_gradient(layer: Layer) -> bool:

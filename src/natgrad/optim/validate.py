@@ -9,7 +9,7 @@ from torch import nn
 
 from natgrad.fishers import Approximation
 from natgrad.labels import check_estimator
-from natgrad.likelihood import Likelihood
+from natgrad.likelihoods import Likelihood
 from natgrad.optim.damping import ConstantDamping, Damping, LevenbergMarquardt
 from natgrad.optim.step_size import StepSize
 

@@ -24,10 +24,10 @@ class Automatic(StepSize):
     Two things can be wrong with the model of ``precise``, and the slope <P, M> that the next batch finds along the
     step just taken tells both, without a further pass.
 
-    *It reaches too far.* The model's KL limit is a trust region: it starts at a quarter, doubles after a step that kept
-    a quarter of its promise, and shrinks after one that did not. A step at whose end the loss rises more steeply than it
-    fell at its start is taken back, to the point where the line through both slopes is 0; the region shrinks to a
-    quarter of that step's KL, and damping grows.
+    *It reaches too far.* The model's KL limit is a trust region: it starts at a quarter, doubles after a step that
+    kept a quarter of its promise, and shrinks after one that did not. A step at whose end the loss rises more steeply
+    than it fell at its start is taken back, to the point where the line through both slopes is 0; the region shrinks
+    to a quarter of that step's KL, and damping grows.
 
     *It fits the noise of a small batch.* Trust is the slope along D that the next batch finds at the old point (<P, M>
     plus the curvature term of the step, less what the old direction contributed), over the slope <D, M> that the batch

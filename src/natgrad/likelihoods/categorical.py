@@ -1,0 +1,134 @@
+"""Softmax outputs: one label of several classes per term."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natgrad.likelihoods.base import Likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categorical(Likelihood):
+    """Softmax over ``class_dim`` (default the last dimension; 1 for images of class scores (n, C, h, w)).
+
+    Loss terms are all other positions. ``label_smoothing``, ``weight`` (one per class) and ``ignore_index`` mean what
+    they mean in ``torch.nn.functional.cross_entropy``. The Hessian of a term is w (diag p - p p^T), with w = 1 without
+    class weights (label smoothing does not change it), else (1 - smoothing) weight[target] + smoothing mean(weight);
+    where targets are unknown their expectation under p. A term counts weight[target] in the number of terms, as in
+    torch's mean (which leaves smoothing out of the divisor).
+    """
+
+    class_dim: int = -1
+    label_smoothing: float = 0.0
+    weight: Tensor | None = None
+    ignore_index: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings outside their range."""
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
+        if self.weight is not None and (self.weight.ndim != 1 or not (self.weight >= 0).all()):
+            raise ValueError("weight must be a vector of numbers >= 0, one per class")
+
+    def check(self, output: Tensor) -> None:
+        """At least two classes, and as many as there are class weights."""
+        if output.ndim < 2 or not -output.ndim <= self.class_dim < output.ndim or output.shape[self.class_dim] < 2:
+            raise ValueError(
+                f"Categorical(class_dim={self.class_dim}) needs at least 2 classes, got an output of shape "
+                f"{tuple(output.shape)}; for one logit an example use Bernoulli"
+            )
+        if self.weight is not None and len(self.weight) != output.shape[self.class_dim]:
+            raise ValueError(f"{len(self.weight)} class weights for {output.shape[self.class_dim]} classes")
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """Class indices (n, ...), one per term, in range."""
+        expected = output.movedim(self.class_dim, -1).shape[:-1]
+        if targets.shape != expected or targets.is_floating_point():
+            raise ValueError(
+                f"Categorical needs integer targets of shape {tuple(expected)}, got {targets.dtype} of shape "
+                f"{tuple(targets.shape)}"
+            )
+
+    def events(self, output: Tensor) -> Tensor:
+        """Classes last."""
+        return output.movedim(self.class_dim, -1).reshape(output.shape[0], -1, output.shape[self.class_dim])
+
+    def unevents(self, events: Tensor, output: Tensor) -> Tensor:
+        """Classes back in their place."""
+        return events.reshape(output.movedim(self.class_dim, -1).shape).movedim(-1, self.class_dim)
+
+    def weights(self, output: Tensor, targets: Tensor | None) -> Tensor | None:
+        """(1 - smoothing) weight[target] + smoothing mean(weight), 0 where the target is ``ignore_index``."""
+        if self.weight is None:
+            return self.counted(output, targets)
+        everywhere = self.label_smoothing * self.weight.to(output).mean()
+        return self._unless_ignored((1 - self.label_smoothing) * self._chosen(output, targets) + everywhere, targets)
+
+    def counted(self, output: Tensor, targets: Tensor | None) -> Tensor | None:
+        """weight[target], 0 where the target is ``ignore_index``."""
+        if self.ignore_index is not None and targets is None:
+            raise ValueError(
+                "Categorical(ignore_index=...) needs to know the targets: call optimizer.targets(y) before the forward"
+            )
+        if self.weight is None and self.ignore_index is None:
+            return None
+        return self._unless_ignored(self._chosen(output, targets), targets)
+
+    def capacity(self, output: Tensor) -> float:
+        """log C for C classes."""
+        return math.log(output.shape[self.class_dim])
+
+    def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
+        """p - onehot(y)."""
+        p = self.events(output).softmax(-1)
+        label = (p.cumsum(-1) < uniform[..., :1]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+        return p.scatter_add(-1, label, torch.full_like(p[..., :1], -1.0))
+
+    def factor(self, output: Tensor) -> Tensor:
+        """sqrt(p_c) (e_c - p)."""
+        p = self.events(output).softmax(-1)
+        eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        return p.sqrt().movedim(-1, 0).unsqueeze(-1) * (eye[:, None, None, :] - p)
+
+    def nll(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, summed."""
+        events = self.events(output).flatten(0, 1)
+        ignored = -100 if self.ignore_index is None else self.ignore_index
+        weight = None if self.weight is None else self._class_weight(events)
+        return F.cross_entropy(
+            events,
+            targets.reshape(-1),
+            weight,
+            ignore_index=ignored,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def hessian_product(self, output: Tensor, V: Tensor, targets: Tensor | None = None) -> Tensor:
+        """w (p * v - p (p . v))."""
+        p, v = self.events(output).softmax(-1), self.events(V)
+        product = p * v - p * (p * v).sum(-1, keepdim=True)
+        weights = self.weights(output, targets)
+        return self.unevents(product if weights is None else product * weights.unsqueeze(-1), output)
+
+    def _chosen(self, output: Tensor, targets: Tensor | None) -> Tensor:
+        events = self.events(output)
+        class_weight = self._class_weight(events)
+        if targets is None:
+            return events.softmax(-1) @ class_weight
+        self.check_targets(output, targets)
+        kept = targets if self.ignore_index is None else targets.masked_fill(targets == self.ignore_index, 0)
+        return class_weight[kept.reshape(events.shape[:2])]
+
+    def _unless_ignored(self, weights: Tensor, targets: Tensor | None) -> Tensor:
+        if targets is None or self.ignore_index is None:
+            return weights
+        return weights * (targets != self.ignore_index).reshape(weights.shape)
+
+    def _class_weight(self, events: Tensor) -> Tensor:
+        return torch.ones_like(events[0, 0]) if self.weight is None else self.weight.to(events)
