@@ -72,8 +72,13 @@ class Approximation(ABC):
 
     @property
     def corrects(self) -> bool:
-        """Whether :meth:`correct` does anything, so that the matrix must be kept between refreshes."""
+        """Whether :meth:`correct` does anything."""
         return type(self).correct is not Approximation.correct
+
+    @property
+    def keeps(self) -> bool:
+        """Whether training keeps the matrix, to correct it or as ``previous``, and not its inverse alone."""
+        return self.corrects
 
     def check(self, name: str, shape: torch.Size) -> None:
         """Raise ``ValueError`` if a layer of block shape (*groups, out, in) is too much for this approximation."""

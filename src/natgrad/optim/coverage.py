@@ -41,7 +41,7 @@ def _row(layer: Layer, curvature: LayerCurvature | None) -> tuple[str, ...]:
         return layer.name, block, "-", parameters, "", "not seen yet" if curvature is None else "not seen: AdamW"
     memory = megabytes(value for value in curvature.state().values() if isinstance(value, torch.Tensor))
     remark = f"{curvature.failures} failed refreshes" if curvature.failures else ""
-    return layer.name, block, type(curvature.matrix).__name__, parameters, f"{memory:.1f} MB", remark
+    return layer.name, block, type(curvature.inverse).__name__, parameters, f"{memory:.1f} MB", remark
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

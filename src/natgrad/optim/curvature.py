@@ -25,13 +25,14 @@ _COUNTERS = ("observations", "failures", "retries", "refreshes")
 class LayerCurvature:
     """``stats`` and ``matrix`` of a layer, and the ``inverse`` that preconditions its gradient.
 
+    ``matrix`` is kept where the approximation says so (:attr:`~natgrad.fishers.Approximation.keeps`), else ``None``.
     ``observations`` counts the batches in the statistics; with 0 the others are placeholders of the right shape.
     ``failures`` counts refreshes that failed in a row, ``retries`` all factorisations repeated in float64;
     ``refreshes`` those that succeeded. ``applied`` is the inverse in the precision in which it is applied.
     """
 
     stats: Stats
-    matrix: Matrix
+    matrix: Matrix | None
     inverse: LinearMap
     observations: int = 0
     failures: int = 0
@@ -48,7 +49,7 @@ class LayerCurvature:
         a, g = (torch.zeros((*groups, 1, 1, size), dtype=dtype, device=weight.device) for size in (width, out))
         stats = {name: Mean(mean.value) for name, mean in approximation.observe(Capture(a, g, 1.0, 1.0)).items()}
         matrix = approximation.assemble(stats)
-        return cls(stats, matrix, approximation.invert(matrix, 1.0))
+        return cls(stats, matrix if approximation.keeps else None, approximation.invert(matrix, 1.0))
 
     @property
     def ready(self) -> bool:
@@ -68,6 +69,7 @@ class LayerCurvature:
 
     def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
         """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
+        assert self.matrix is not None
         previous = replace(self, observations=self.observations - 1)
         matrix = approximation.correct(self.matrix, seen, previous._decay(decay))
         try:
@@ -93,8 +95,9 @@ class LayerCurvature:
             wide = None if previous is None else previous.to(torch.float64)
             renewed = self._assembled(approximation, double, wide, damping)
             dtype = next(iter(self.stats.values())).total.dtype
-            narrow = replace(renewed, stats=self.stats, matrix=renewed.matrix.to(dtype), retries=self.retries + 1)
-            return replace(narrow, inverse=renewed.inverse.to(dtype), applied=None)
+            matrix = None if renewed.matrix is None else renewed.matrix.to(dtype)
+            narrow = replace(renewed, stats=self.stats, matrix=matrix, inverse=renewed.inverse.to(dtype))
+            return replace(narrow, retries=self.retries + 1)
         except FactorisationError as second:
             error = second
         if self.failures >= 2:
@@ -109,7 +112,8 @@ class LayerCurvature:
     def _assembled(self, approximation: Approximation, stats: Stats, previous: Matrix | None, damping: float) -> Self:
         matrix = approximation.assemble(stats, previous)
         inverse = approximation.invert(matrix, damping)
-        return replace(self, matrix=matrix, inverse=inverse, applied=None, failures=0, refreshes=self.refreshes + 1)
+        kept = matrix if approximation.keeps else None
+        return replace(self, matrix=kept, inverse=inverse, applied=None, failures=0, refreshes=self.refreshes + 1)
 
     def _decay(self, decay: float) -> float:
         return min(1 - 1 / (self.observations + 1), decay)
@@ -119,7 +123,8 @@ class LayerCurvature:
     def state(self) -> dict[str, Any]:
         """Its tensors and counters under flat names."""
         parts: dict[str, Any] = {f"stats.{name}": mean.total for name, mean in self.stats.items()}
-        parts |= {f"matrix.{name}": value for name, value in self.matrix.tensors().items()}
+        if self.matrix is not None:
+            parts |= {f"matrix.{name}": value for name, value in self.matrix.tensors().items()}
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
         return parts | {name: getattr(self, name) for name in _COUNTERS}
 
@@ -134,7 +139,7 @@ class LayerCurvature:
         return replace(
             self,
             stats={name: Mean(value) for name, value in tensors("stats").items()},
-            matrix=self.matrix.with_tensors(tensors("matrix")),
+            matrix=None if self.matrix is None else self.matrix.with_tensors(tensors("matrix")),
             inverse=self.inverse.with_tensors(tensors("inverse")),
             applied=None,
             **counters,

@@ -52,7 +52,7 @@ class Layerwise:
         changed = [c for name, c in after.items() if name not in before or c.observations > before[name].observations]
         tensors = [mean.total for c in changed for mean in c.stats.values()]
         if self.approximation.corrects:
-            tensors += [tensor for c in changed for tensor in c.matrix.tensors().values()]
+            tensors += [tensor for c in changed if c.matrix is not None for tensor in c.matrix.tensors().values()]
         return largest(tensors)
 
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:

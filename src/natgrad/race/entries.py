@@ -122,6 +122,7 @@ def _betas(settings: Settings) -> tuple[float, float, dict[str, Any]]:
 POLICIES: dict[str, Callable[[], Any]] = {
     "kl": lambda: natgrad.KLLimit(),
     "quadratic": lambda: natgrad.QuadraticModel(),
+    "common": lambda: natgrad.Automatic(precise=natgrad.QuadraticModel(per_layer=False)),
     "constant": lambda: natgrad.Constant(),
 }
 
