@@ -14,6 +14,7 @@ from training import FOUR, backward, batch, copy_of, network, optimizer_of, same
 
 from natgrad import (
     KFAC,
+    AdaptiveKLLimit,
     Automatic,
     Bernoulli,
     Categorical,
@@ -24,6 +25,7 @@ from natgrad import (
     KLLimit,
     LevenbergMarquardt,
     NaturalGradient,
+    QuadraticModel,
 )
 from natgrad.matrix import FactorisationError
 
@@ -93,6 +95,39 @@ def test_a_group_with_a_setting_out_of_range_is_refused(settings: Any) -> None:
     model = network()
     with pytest.raises(ValueError, match=next(iter(settings))):
         optimizer_of(model, groups=[{"params": model[0].parameters(), **settings}])
+
+
+@pytest.mark.parametrize("step_size", [Automatic(), QuadraticModel()])
+def test_a_policy_that_reads_samples_refuses_a_step_without_a_forward_pass_in_training_mode(step_size: Any) -> None:
+    model = network()
+    optimizer = optimizer_of(model, step_size=step_size)
+    train(model, optimizer, [batch(step) for step in range(3)])
+    before = (values(model), copy_of(optimizer))
+    model.eval()
+    backward(model, optimizer, batch(3))
+    with pytest.raises(RuntimeError, match=r"model\.train\(\)"):
+        optimizer.step()
+    assert same((values(model), copy_of(optimizer)), before)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"limit": -1.0}, {"limit": 0.0}, {"decay": 1.0}, {"longest": 0.0}, {"rate": -1.0}]
+)
+def test_settings_of_the_adaptive_limit_outside_their_range_are_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match="need limit > 0"):
+        AdaptiveKLLimit(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"threshold": 2.0}, {"patience": -1}, {"decay": 1.0}])
+def test_settings_of_the_automatic_policy_outside_their_range_are_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match="need 0 <= threshold"):
+        Automatic(**settings)
+
+
+@pytest.mark.parametrize("step_size", [Automatic(), QuadraticModel()])
+def test_nesterov_is_refused_where_the_policy_chooses_the_momentum(step_size: Any) -> None:
+    with pytest.raises(ValueError, match="nesterov"):
+        optimizer_of(network(), step_size=step_size, nesterov=True)
 
 
 def test_groups_of_half_a_layer_of_foreign_repeated_or_no_parameters_are_refused() -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from training import batch, copy_of, network, optimizer_of, same, train, values
+from training import backward, batch, copy_of, network, optimizer_of, same, train, values
 
 from natgrad import Automatic, ExactQuadraticModel, KLLimit, LevenbergMarquardt, QuadraticModel
 from natgrad.optim.cadence import Cadence
+from natgrad.optim.clock import new_clock, remember
 from natgrad.optim.damping import ConstantDamping
-from natgrad.optim.step_size import Situation
+from natgrad.optim.step_size import Decision, Situation
 from oracles import assert_equal
 
 # The quadratic model.
@@ -82,7 +83,9 @@ def test_the_quadratic_model_goes_along_d_alone_where_the_plane_is_degenerate() 
 def test_the_quadratic_model_keeps_its_kl_limit() -> None:
     now, _, _ = situation(0)
     decided = QuadraticModel(limit=1e-3).decide(now)
-    assert 0.5 * now.form("F", decided.alpha, decided.mu) == pytest.approx(1e-3 * getattr(now, "capacity", 1.0))
+    assert 0.5 * now.form("F", decided.alpha, decided.mu) == pytest.approx(1e-3)
+    doubled = QuadraticModel(limit=1e-3).decide(replace(now, capacity=2.0))
+    assert 0.5 * now.form("F", doubled.alpha, doubled.mu) == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0])
@@ -122,14 +125,23 @@ def test_a_layer_that_does_not_move_keeps_length_zero_and_no_nan_appears() -> No
     torch.nn.functional.cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
     for p in optimizer.layers["0"].parameters:
         p.grad = torch.zeros_like(p)
+    lengths = []
+
+    class Looking(QuadraticModel):
+        def prepare(self, directions: Any, damping: float, memory: Any) -> Any:
+            lengths.extend(directions.lengths(damping).tolist())
+            return super().prepare(directions, damping, memory)
+
+    optimizer.step_size = Looking()
     optimizer.step()
+    assert lengths[0] == 0.0 < lengths[1]
     assert optimizer.statistics()["skipped"] == 0
     assert all(value.isfinite().all() for value in values(model))
 
 
 # The trust region and the trust of the automatic policy.
 
-STEP = {"moved": 1.0, "slope": -1.0, "last": 0.5, "cap": 0.05, "trust": 1.0, "seen": 60.0, "kl": 0.5, "back": 0.0}
+STEP = {"moved": 1.0, "slope": -1.0, "last": 0.04, "cap": 0.05, "back": 0.0, "trust": 1.0, "seen": 60.0, "mean_kl": 0.5}
 LIKE_D = dict.fromkeys(("DBD", "DFD", "PBP", "PFP"), 1.0) | dict.fromkeys(("DBP", "DFP"), 0.0)
 
 
@@ -140,7 +152,7 @@ def test_a_step_that_ends_uphill_goes_back_to_where_the_line_through_its_slopes_
     assert decided.rejected
     assert decided.alpha == 0.0
     assert -lr * decided.mu == pytest.approx(0.75)  # of the way back
-    assert decided.memory["cap"] == pytest.approx(0.125)
+    assert decided.memory["cap"] == pytest.approx(0.01)
     assert decided.memory["back"] == 1.0
     assert decided.memory["trust"] == 1.0  # that step said nothing of noise
 
@@ -172,6 +184,69 @@ def test_below_the_threshold_of_trust_the_noisy_policy_takes_over_at_the_kl_of_t
     assert 0.5 * decided.alpha**2 * 4.0 == pytest.approx(0.5 * 2 * 0.5 * 0.5**2)
     assert not policy.needs_samples(decided.memory)
     assert policy.decide(Situation({"slope": 1.0, "drift": 0.1}, memory=decided.memory)).memory["noisy"] == 1.0
+
+
+def test_the_step_at_the_hand_over_is_never_longer_than_the_minimum_of_the_model() -> None:
+    memory = {**STEP, "trust": 0.1, "promise": 1.0, "known": 0.0, "bend": 0.0}
+    read = {"slope": 1e-4, "drift": 0.0, **LIKE_D, "DBD": 1e-4, "DFD": 1e-9}  # damping is nearly all of the model
+    assert Automatic().decide(Situation(read, memory=memory)).alpha == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_parameters_return_to_the_zero_of_the_line_through_both_slopes(lr: float) -> None:
+    model = network()
+    optimizer = optimizer_of(model, step_size=Automatic(precise=QuadraticModel(limit=None)))
+    train(model, optimizer, [batch(step) for step in range(4)])
+    before = values(model)
+    train(model, optimizer, [batch(4)])
+    after = values(model)
+    clock = optimizer.param_groups[0]["clock"]
+    slope, damping = clock["memory"]["slope"], clock["damping"]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    backward(model, optimizer, batch(5))
+    for p, old, new in zip(model.parameters(), before, after, strict=True):
+        p.grad = 1e3 * (new - old)  # uphill is where the step went
+    covered = {id(p): p for layer in optimizer.layers.values() for p in layer.parameters}
+    end = sum(float((p.grad**2).sum()) for p in covered.values() if p.grad is not None) / 1e3
+    optimizer.step()
+    assert optimizer.statistics()["back"] == 1.0
+    assert optimizer.statistics()["damping"] > damping
+    for p, old, new in zip(model.parameters(), before, after, strict=True):
+        if id(p) in covered:
+            assert_equal(p.detach(), new + end / (end - slope) * (old - new), 1e-6)
+
+
+def test_a_step_that_moves_nothing_keeps_the_policy_and_forgets_the_last_step() -> None:
+    policy = Automatic()
+    kept = policy.idle({**STEP, "promise": 1.0, "known": 0.0, "bend": 0.0})
+    assert set(kept) == {"cap", "trust", "seen", "mean_kl", "back"}
+    model = network()
+    optimizer = optimizer_of(model, step_size=policy)
+    train(model, optimizer, [batch(step) for step in range(3)])
+    clock = optimizer.param_groups[0]["clock"]
+    clock["memory"] = {"noisy": 1.0, "limit": 0.5}
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.param_groups[0]["clock"]["memory"] == {"noisy": 1.0, "limit": 0.5}
+
+
+# What the clock remembers.
+
+
+def test_damping_restarts_on_a_hand_over_and_rises_when_a_step_is_taken_back() -> None:
+    rule = LevenbergMarquardt(initial=0.1, factor=0.5, every=1)
+    clock = {**new_clock(3.0), "steps": 1}
+    remember(clock, rule, Decision(1.0, 0.0, restart=True), 0.0, 1.0)
+    assert clock["damping"] == 0.1
+    remember(clock, rule, Decision(1.0, 0.0, rejected=True), 0.0, 1.0)
+    assert clock["damping"] == pytest.approx(0.4)
+
+
+def test_one_bad_step_counts_for_no_more_than_the_opposite_of_its_prediction() -> None:
+    for drift, ratio in [(-1e6, -1.0), (-1.0, 0.0), (0.0, 1.0), (0.5, 1.5)]:  # a slope of 1, predicted to end at 0
+        clock = new_clock(1.0) | {"slope": -1.0, "predicted": -0.5, "last_lr": 1.0}
+        assert remember(clock, LevenbergMarquardt(), Decision(1.0, 0.0), drift, 1.0)["ratio"] == pytest.approx(ratio)
 
 
 # The KL limit and Levenberg-Marquardt.

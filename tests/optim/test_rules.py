@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import FOUR, backward, batch, network, noise, optimizer_of, same, train, values
 
-from natgrad import Constant, ExactFisher, ExactQuadraticModel, Gaussian, KLLimit, NaturalGradient
+from natgrad import Automatic, Constant, ExactFisher, ExactQuadraticModel, Gaussian, KLLimit, NaturalGradient
 from oracles import assert_equal
 
 BATCHES = [batch(step) for step in range(6)]
@@ -265,6 +265,20 @@ def test_a_module_that_is_called_twice_trains(make: Any) -> None:
     model = Twice()
     losses = train(model, optimizer_of(model, make()), [batch(0, 32)] * 15)
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("step_size", [Automatic(), KLLimit(), Constant()])
+def test_a_group_whose_learning_rate_falls_to_zero_stands_still(step_size: Any) -> None:
+    model = network()
+    optimizer = optimizer_of(model, step_size=step_size, groups=[{"params": model[3].parameters()}])
+    train(model, optimizer, BATCHES[:4])
+    group = next(group for group in optimizer.param_groups if model[3].weight in set(group["params"]))
+    group["lr"] = 0.0
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    train(model, optimizer, BATCHES[:3])
+    for name, layer in optimizer.layers.items():
+        for p in layer.parameters:
+            assert torch.equal(p, before[id(p)]) == (name == "3")
 
 
 # What a user reads.

@@ -14,7 +14,8 @@ class LevenbergMarquardt:
     loss is above 3/4, and divided by it below 1/4. The actual change is estimated without a second pass: it is the
     mean of the slopes along the step at its two ends, <M_t, delta> and <M_t+1, delta>, the latter on the *next*
     batch, so that a step that only fitted the noise of its own batch is seen as one. Both changes are averaged over
-    steps with ``decay``.
+    steps with ``decay``; one counts for at most the opposite of what was predicted. A step that had to be taken back
+    raises lambda at once, by two such changes.
 
     lambda stays in [``minimum``, ``maximum``]; the unit is that of F, the loss per squared parameter.
     """

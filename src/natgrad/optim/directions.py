@@ -69,10 +69,8 @@ class Directions:
         return torch.where(total > 0, slopes / total, torch.zeros_like(total))
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
-        """The same with the D of every layer multiplied by a factor of its own; D itself is overwritten."""
-        for block, factor in zip(self.D.values(), factors, strict=True):
-            block.mul_(factor)
-        result = replace(self)
+        """The same with the D of every layer multiplied by a factor of its own."""
+        result = replace(self, D={name: D * factor for (name, D), factor in zip(self.D.items(), factors, strict=True)})
         if "_responses" in self.__dict__:
             by_name = dict(zip(self.D, factors, strict=True))
             result.__dict__["_responses"] = [
@@ -82,7 +80,7 @@ class Directions:
         return result
 
     def exact_curvature(self) -> Tensor:
-        """The same from Jacobian products: two forward-mode passes a record."""
+        """As :meth:`sampled_curvature`, from Jacobian products: two forward-mode passes a record."""
         assert self.model is not None and self.labels is not None
         total, count = torch.zeros(3, device=self._device), 0.0
         for record in self.records:

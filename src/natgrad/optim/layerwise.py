@@ -47,7 +47,7 @@ class Layerwise:
             advanced[name] = self._advance(name, state[name], seen, refreshes, damping)
         return advanced
 
-    def size(self, before: State, after: State) -> Tensor:
+    def size(self, before: State, after: State) -> Tensor | None:
         """The largest entry of what was observed: a number that is finite if all the statistics are."""
         changed = [c for name, c in after.items() if name not in before or c.observations > before[name].observations]
         tensors = [mean.total for c in changed for mean in c.stats.values()]
@@ -81,9 +81,9 @@ class Layerwise:
         return curvature.prepared(dtype)
 
 
-def largest(tensors: list[Tensor]) -> Tensor:
-    """The sum of the largest entries: finite, without overflow, if all tensors are."""
-    return torch.stack(torch._foreach_norm(tensors, float("inf"))).sum() if tensors else torch.zeros(())
+def largest(tensors: list[Tensor]) -> Tensor | None:
+    """The sum of the largest entries: finite, without overflow, if all tensors are; ``None`` of none."""
+    return torch.stack(torch._foreach_norm(tensors, float("inf"))).sum() if tensors else None
 
 
 def blocks(layers: Mapping[str, Layer]) -> dict[str, Tensor]:

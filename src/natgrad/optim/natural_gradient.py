@@ -213,8 +213,13 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature = self._advance(records)
         names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
-        products = {"finite": self._rest_is_finite(names)}
-        products["observed"] = self._curvature.size(self._now, curvature)
+        sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
+        products = {name: size for name, size in sizes.items() if size is not None}
+        if names and not records and self.step_size.needs_samples(self._clock["memory"]):
+            raise RuntimeError(
+                f"{type(self.step_size).__name__} reads samples at every step, but no forward pass of the model in "
+                "training mode led to these gradients; call model.train() before it, or use KLLimit() as step_size"
+            )
         if names:
             products |= {"slope": directions.slope(), "drift": directions.drift()}
             products |= self.step_size.products(directions, self._clock["damping"], self._clock["memory"])
@@ -224,7 +229,8 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
         capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
         situation = Situation(read, lr, momentum, self._clock["memory"], capacity)
-        decision = self.step_size.decide(situation) if names else Decision(0.0, 0.0)
+        idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
+        decision = self.step_size.decide(situation) if names else idle
         return _Proposal(curvature, directions, decision, read.get("drift", 0.0), lr)
 
     def _advance(self, records: list[Record]) -> State:
@@ -276,14 +282,18 @@ class NaturalGradient(torch.optim.Optimizer):
             self.state[weight]["momentum"] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
 
     def _move(self, proposal: _Proposal) -> None:
+        """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0."""
         directions, decision, lr = proposal.directions, proposal.decision, proposal.lr
         settings = self._settings()
+        for name, layer in self.layers.items():
+            if name not in directions.layers:
+                self.state[layer.parameters[0]]["momentum"].zero_()
         for name, layer in directions.layers.items():
             group = settings[id(layer.parameters[0])]
             D, P = directions.D[name], directions.P[name]
-            step = P.mul_(decision.mu).add_(D, alpha=decision.alpha)
+            step = P.mul_(decision.mu).add_(D, alpha=decision.alpha) if group["lr"] else P.zero_()
             self.state[layer.parameters[0]]["momentum"] = step
-            if group["nesterov"] and decision.mu > 0:  # a step taken back looks back
+            if group["nesterov"]:
                 step = decision.mu * step + decision.alpha * D
             for parameter, move in zip(layer.parameters, layer.unpack(step), strict=True):
                 if group["weight_decay"]:
@@ -306,7 +316,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _weights(self) -> list[nn.Parameter]:
         return [layer.parameters[0] for layer in self.layers.values()]
 
-    def _rest_is_finite(self, names: list[str]) -> Tensor:
+    def _rest(self, names: list[str]) -> Tensor | None:
         """A number that is finite if all gradients are that no inner product covers."""
         covered = {id(p) for name in names for p in self.layers[name].parameters}
         rest = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in covered]

@@ -64,6 +64,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {settings['grad_scaler']!r}")
     for name in ("nesterov", "staggered"):
         kind(name, settings[name], bool, "True or False")
+    if settings["nesterov"] and settings["step_size"].chooses_momentum:
+        raise ValueError(f"nesterov needs a policy that leaves the momentum alone, not {settings['step_size']!r}")
     if settings["weight_sharing"] not in ("expand", "reduce"):
         raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {settings['weight_sharing']!r}")
     precision = settings["precision"]

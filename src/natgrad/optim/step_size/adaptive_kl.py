@@ -25,6 +25,14 @@ class AdaptiveKLLimit(StepSize):
     decay: float = 0.95
     longest: float = 0.1
 
+    def __post_init__(self) -> None:
+        """Refuse settings outside their range."""
+        if not (
+            self.limit > 0 and self.longest > 0 and 0 <= self.target < 1 and self.rate >= 0 and 0 <= self.decay < 1
+        ):
+            need = "limit > 0, longest > 0, 0 <= target < 1, rate >= 0 and 0 <= decay < 1"
+            raise ValueError(f"need {need}, got {self}")
+
     def decide(self, now: Situation) -> Decision:
         """alpha from the limit of this moment."""
         drift, size = now.memory.get("drift", 0.0), now.memory.get("size", 0.0)
@@ -34,7 +42,7 @@ class AdaptiveKLLimit(StepSize):
             bound = 10 * size
             drift = average(drift, min(max(now.read["drift"], -bound), bound), self.decay)
             seen += 1
-        if seen > WARM_UP:
+        if seen > WARM_UP and now.lr > 0:
             limit *= math.exp(self.rate * min(max(2 * (drift / size - self.target), -1.0), 1.0))
         if seen and now.lr > 0 and now.read["slope"] > 0:  # a limit that does not bind must not grow on
             limit = min(limit, 2 * (now.lr * self.longest) ** 2 * now.read["slope"])

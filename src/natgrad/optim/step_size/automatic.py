@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
 
+_LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
+
+
 @dataclass(frozen=True)
 class Automatic(StepSize):
     """The quadratic model while it describes the loss, the adaptive KL limit once it only describes the batch.
@@ -41,6 +44,13 @@ class Automatic(StepSize):
     patience: int = 50
     decay: float = 0.95
 
+    chooses_momentum = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings outside their range."""
+        if not (0 <= self.threshold <= 1 and self.patience >= 0 and 0 <= self.decay < 1):
+            raise ValueError(f"need 0 <= threshold <= 1, patience >= 0 and 0 <= decay < 1, got {self}")
+
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         """As ``precise``."""
@@ -57,6 +67,10 @@ class Automatic(StepSize):
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
         """Those of the policy in use."""
         return {} if memory.get("noisy", 0.0) else self.precise.products(directions, damping, memory)
+
+    def idle(self, memory: Memory) -> Memory:
+        """Without the last step: the next one finds nothing to compare it with."""
+        return {name: value for name, value in memory.items() if name not in _LAST_STEP}
 
     def decide(self, now: Situation) -> Decision:
         """By the policy in use."""
@@ -76,18 +90,17 @@ class Automatic(StepSize):
         moved, start, end = now.memory["moved"], now.memory["slope"], -now.memory["moved"] * now.read["drift"]
         mu = -end / (end - start) * moved / now.lr
         cap = max(0.25 * now.memory["last"] / now.capacity, self._smallest)
-        memory = {name: now.memory[name] for name in ("trust", "seen", "kl")}
-        memory |= {"cap": cap, "back": now.memory["back"] + 1}
+        memory = {**self.idle(now.memory), "cap": cap, "back": now.memory["back"] + 1}
         slope = -now.lr * mu * now.read["drift"]
         return Decision(0.0, mu, slope, 0.5 * slope, memory, rejected=True)
 
     def _handed_over(self, now: Situation, memory: Memory) -> Decision:
         """Along D alone, with the KL that ``noisy`` starts from: its momentum makes that the KL of the steps so far."""
-        limit = 2 * memory["kl"] * (1 - now.momentum) ** 2
+        limit = 2 * memory["mean_kl"] * (1 - now.momentum) ** 2
         bend = now.lr**2 * now.read["DFD"]
-        alpha = (limit / bend) ** 0.5 if bend > 0 else 0.0
+        alpha = min((limit / bend) ** 0.5 if bend > 0 else math.inf, _minimum(now))
         slope = -now.lr * alpha * now.read["slope"]
-        return Decision(alpha, 0.0, slope, slope + 0.5 * limit, {"noisy": 1.0, "limit": limit}, restart=True)
+        return Decision(alpha, 0.0, slope, slope + 0.5 * alpha**2 * bend, {"noisy": 1.0, "limit": limit}, restart=True)
 
     @property
     def _largest(self) -> float:
@@ -117,5 +130,10 @@ class Automatic(StepSize):
             "promise": decided.alpha * now.read["slope"],
             "known": decided.mu * now.read["drift"],
             "bend": now.lr * now.form("F", decided.alpha, decided.mu),
-            "kl": average(memory.get("kl", kl), kl, self.decay),
+            "mean_kl": average(memory.get("mean_kl", kl), kl, self.decay),
         }
+
+
+def _minimum(now: Situation) -> float:
+    """The alpha of the model's minimum along D."""
+    return max(now.read["slope"], 0.0) / now.read["DBD"] if now.read["DBD"] > 0 else 0.0

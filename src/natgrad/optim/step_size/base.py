@@ -46,7 +46,7 @@ class Situation:
 class Decision:
     """alpha and mu; the slope of the loss along the step and the change of the loss that is predicted; the memory.
 
-    ``restart``: whether damping that was lowered should return to where it started. ``rejected``: whether the step
+    ``restart``: whether damping should return to where it started. ``rejected``: whether the step
     takes the last one back.
     """
 
@@ -62,6 +62,7 @@ class Decision:
 class StepSize(ABC):
     """A policy: a frozen dataclass of settings; what it must remember travels in ``Decision.memory``."""
 
+    chooses_momentum = False  # or takes it from the settings
     needs_inputs = False  # whether the model is run again, on its own inputs
     lr = 1.0  # the default learning rate under this policy
 
@@ -77,6 +78,10 @@ class StepSize(ABC):
         """Scalars to be read beside slope and drift."""
         return {}
 
+    def idle(self, memory: Memory) -> Memory:
+        """The memory after a step that moved no layer."""
+        return memory
+
     @abstractmethod
     def decide(self, now: Situation) -> Decision:
         """alpha and mu from the scalars."""
@@ -85,6 +90,8 @@ class StepSize(ABC):
 def read_once(products: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of all scalars in one transfer to the host."""
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in products.values()) else torch.float32
+    if not products:
+        return {}
     values = torch.stack([value.to(dtype) for value in products.values()]).tolist()
     return dict(zip(products, values, strict=True))
 

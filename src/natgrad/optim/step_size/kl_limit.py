@@ -20,7 +20,7 @@ class Constant(StepSize):
 
 @dataclass(frozen=True)
 class KLLimit(StepSize):
-    """alpha = min(1, sqrt(limit / (lr^2 <D, M>))): the predicted KL of the step, lr^2 <D, M> / 2, is at most limit / 2.
+    """alpha = min(1, sqrt(limit / (lr^2 <D, M>))): its KL, lr^2 alpha^2 <D, M> / 2, is at most limit / 2.
 
     ``limit`` is in nats per loss term. References: Ba, Grosse and Martens, ICLR 2017; Pauloski et al., arXiv
     2107.01739.

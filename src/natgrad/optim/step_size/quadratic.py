@@ -35,6 +35,8 @@ class QuadraticModel(StepSize):
     limit: float | None = 0.05
     per_layer: bool = True
 
+    chooses_momentum = True
+
     def __post_init__(self) -> None:
         """Refuse a limit that is not positive."""
         if self.limit is not None and not self.limit > 0:
