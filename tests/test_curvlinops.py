@@ -116,13 +116,17 @@ def test_exact_fisher_is_that_of_curvlinops(
 @both
 @every_network
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_empirical_fisher_is_that_of_curvlinops(make: Callable[[], Approximation], network: str, sharing: Any) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_empirical_fisher_is_that_of_curvlinops(
+    make: Callable[[], Approximation], network: str, sharing: Any, loss: str
+) -> None:
+    """(f - y)^2 is twice the NLL of an output: its Fisher is doubled here, its gradients, squared, in curvlinops."""
     build, shape = NETWORKS[network]
-    model, data = build(True), batches(shape, "CrossEntropyLoss")
-    expected = theirs(make, model, nn.CrossEntropyLoss(), data, "empirical", sharing)
-    found = natgrad.fisher(model, make(), Categorical(), data, estimator="empirical", weight_sharing=sharing)
+    model, data, (likelihood, torch_loss) = build(True), batches(shape, loss), LOSSES[loss]
+    expected = theirs(make, model, torch_loss, data, "empirical", sharing)
+    found = natgrad.fisher(model, make(), likelihood, data, estimator="empirical", weight_sharing=sharing)
     for name, block in expected.items():
-        assert_equal(found[name].dense(), block)
+        assert_equal((2 if loss == "MSELoss" else 1) * found[name].dense(), block)
 
 
 @both
