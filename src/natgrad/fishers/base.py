@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,8 +48,11 @@ class Approximation(ABC):
     """A structured approximation of one layer's Fisher block: hyperparameters only, a frozen dataclass.
 
     To write one: say which statistics of a batch it needs (:meth:`observe`) and which matrix they make
-    (:meth:`assemble`). Averaging over time, cadence, damping, placement and checkpoints are not its business.
+    (:meth:`assemble`). Averaging over time, damping, placement and checkpoints are not its business, nor is cadence but
+    for ``refresh_every``, the steps between new matrices that suit it.
     """
+
+    refresh_every: ClassVar[int] = 10
 
     @abstractmethod
     def observe(self, seen: Capture) -> Stats:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class EigenCorrected(Approximation):
     base: Approximation
     carry: Literal["rotate", "reseed", "keep"] = "rotate"
     rule: SpectralRule | None = None
+
+    refresh_every: ClassVar[int] = 20  # an eigenbasis is dear, and lasts: s is measured anew at every observation
 
     def __post_init__(self) -> None:
         """Refuse an unknown ``carry``."""

@@ -63,7 +63,8 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
         decay: weight of the old statistics in the moving averages.
         observe_every: steps between observations; the first steps observe more often.
-        refresh_every: steps between new matrices; the first steps refresh more often.
+        refresh_every: steps between new matrices, default as it suits the approximation (10; 20 for eigenbases); the
+            first steps refresh more often.
         observe_fraction: the share of the batch, its first examples, that statistics are taken on.
         staggered: spread the refreshes of the layers over the period.
         weight_sharing: ``"expand"`` or ``"reduce"`` for weights used at several positions.
@@ -97,7 +98,7 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         decay: float = 0.85,
         observe_every: int = 4,
-        refresh_every: int = 10,
+        refresh_every: int | None = None,
         observe_fraction: float = 1.0,
         staggered: bool = False,
         weight_sharing: Sharing = "expand",
@@ -111,6 +112,8 @@ class NaturalGradient(torch.optim.Optimizer):
         approximation = KFAC() if approximation is None else approximation
         step_size = Automatic() if step_size is None else step_size
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
+        if refresh_every is None:
+            refresh_every = getattr(approximation, "refresh_every", 1)
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
         found = cover(model, exclude)
