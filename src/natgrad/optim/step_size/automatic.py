@@ -40,7 +40,7 @@ class Automatic(StepSize):
 
     precise: QuadraticModel = QuadraticModel()
     noisy: AdaptiveKLLimit = AdaptiveKLLimit()
-    threshold: float = 0.6
+    threshold: float = 0.7
     patience: int = 50
     decay: float = 0.95
 
