@@ -291,7 +291,7 @@ class NaturalGradient(torch.optim.Optimizer):
         for name, layer in self.layers.items():
             if name not in directions.layers:
                 self.state[layer.parameters[0]]["momentum"].zero_()
-        for name, layer in directions.layers.items():
+                continue
             group = settings[id(layer.parameters[0])]
             D, P = directions.D[name], directions.P[name]
             step = P.mul_(decision.mu).add_(D, alpha=decision.alpha) if group["lr"] else P.zero_()

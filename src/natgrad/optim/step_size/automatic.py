@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.optim.step_size.adaptive_kl import AdaptiveKLLimit
 from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize, average
-from natgrad.optim.step_size.quadratic import QuadraticModel
+from natgrad.optim.step_size.quadratic import QuadraticModel, minimum_along_d
 
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
@@ -98,7 +98,7 @@ class Automatic(StepSize):
         """Along D alone, with the KL that ``noisy`` starts from: its momentum makes that the KL of the steps so far."""
         limit = 2 * memory["mean_kl"] * (1 - now.momentum) ** 2
         bend = now.lr**2 * now.read["DFD"]
-        alpha = min((limit / bend) ** 0.5 if bend > 0 else math.inf, _minimum(now))
+        alpha = min((limit / bend) ** 0.5 if bend > 0 else math.inf, max(minimum_along_d(now), 0.0))
         slope = -now.lr * alpha * now.read["slope"]
         return Decision(alpha, 0.0, slope, slope + 0.5 * alpha**2 * bend, {"noisy": 1.0, "limit": limit}, restart=True)
 
@@ -132,8 +132,3 @@ class Automatic(StepSize):
             "bend": now.lr * now.form("F", decided.alpha, decided.mu),
             "mean_kl": average(memory.get("mean_kl", kl), kl, self.decay),
         }
-
-
-def _minimum(now: Situation) -> float:
-    """The alpha of the model's minimum along D."""
-    return max(now.read["slope"], 0.0) / now.read["DBD"] if now.read["DBD"] > 0 else 0.0

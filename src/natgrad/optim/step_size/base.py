@@ -89,9 +89,9 @@ class StepSize(ABC):
 
 def read_once(products: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of all scalars in one transfer to the host."""
-    dtype = torch.float64 if any(value.dtype == torch.float64 for value in products.values()) else torch.float32
     if not products:
         return {}
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in products.values()) else torch.float32
     values = torch.stack([value.to(dtype) for value in products.values()]).tolist()
     return dict(zip(products, values, strict=True))
 

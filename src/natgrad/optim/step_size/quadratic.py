@@ -93,4 +93,9 @@ def _minimiser(now: Situation) -> tuple[float, float]:
     determinant = dd * pp - dp * dp
     if determinant > 1e-6 * dd * pp:
         return (d * pp - p * dp) / determinant, (p * dd - d * dp) / determinant
-    return (d / dd if dd > 0 else 0.0), 0.0
+    return minimum_along_d(now), 0.0
+
+
+def minimum_along_d(now: Situation) -> float:
+    """The alpha of the model's minimum along D alone."""
+    return now.read["slope"] / now.read["DBD"] if now.read["DBD"] > 0 else 0.0
