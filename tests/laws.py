@@ -57,7 +57,8 @@ def law(
 
 def estimate(approximation: Approximation, *seen: Capture) -> Matrix:
     """The approximation of the Fisher over all of ``seen``."""
-    matrix = approximation.assemble(pool(approximation.observe(capture) for capture in seen))
+    stats = approximation.merge(None, pool(approximation.observe(capture) for capture in seen), 0.0)
+    matrix = approximation.assemble(stats)
     return approximation.correct(matrix, seen, 0.0)
 
 
@@ -202,7 +203,7 @@ def law_05_traces_of_both_factors_are_d_after_any_average(case: Case, shape: str
     stats: Stats = {}
     for step, decay in enumerate((0.0, 0.5, 0.95, 0.3)):
         new = approximation.observe(random_capture(100 + step, shape))
-        stats = approximation.merge(stats or new, new, decay)
+        stats = approximation.merge(stats or None, new, decay)
         d = stats["d"].value
         for name in ("P", "S"):
             assert_equal(stats[name].value.diagonal(dim1=-2, dim2=-1).sum(-1), d)

@@ -79,7 +79,7 @@ def test_law_23_fails_for_tkfac_whose_step_depends_on_the_coordinates() -> None:
 class HalvedG(KFAC):
     def observe(self, seen: Capture) -> Stats:
         stats = dict(super().observe(seen))
-        return {**stats, "G": Mean(stats["G"].total / 2, stats["G"].weight)}
+        return {**stats, "G": Mean(stats["G"].value / 2)}
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class CorrectedElsewhere(EigenCorrected):
 @dataclass(frozen=True)
 class GroupsMixed(ExactFisher):
     def observe(self, seen: Capture) -> Stats:
-        return {name: Mean(mean.total.flip(0), mean.weight) for name, mean in super().observe(seen).items()}
+        return {name: Mean(mean.value.flip(0)) for name, mean in super().observe(seen).items()}
 
 
 @pytest.mark.parametrize(

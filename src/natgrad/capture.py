@@ -56,6 +56,15 @@ class Capture:
             return self.flat_g.square().mT @ self.flat_a.square()
         return torch.stack([DW.square().sum(-3) for DW in self.weight_gradients()]).sum(0)
 
+    def along(self, V: Tensor) -> Tensor:
+        """u_n = <DW_n, V> = sum_t g_nt^T V a_nt for V (*groups, out, in): (*groups, n); 2 n t out in flops."""
+        return ((self.flat_g @ V.to(self.g.dtype)) * self.flat_a).sum(-1).unflatten(-1, self.a.shape[-3:-1]).sum(-1)
+
+    def combine(self, w: Tensor) -> Tensor:
+        """sum_n w_n DW_n for w (*groups, n): (*groups, out, in), without per-example gradients; 2 n t out in flops."""
+        weighted = self.g * w.to(self.g.dtype)[..., None, None]
+        return weighted.flatten(-3, -2).mT @ self.flat_a
+
     def project(self, left: Tensor, right: Tensor) -> Capture:
         """The same examples in other coordinates: a @ right, g @ left, so that DW becomes left^T DW right."""
         examples = self.a.shape[-3:-1]

@@ -10,7 +10,7 @@ from torch import nn
 
 from natgrad.capture import Capture
 from natgrad.engine import Engine, Sharing
-from natgrad.fishers import Approximation, Stats, pool
+from natgrad.fishers import Approximation, Coupled, Stats, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import Layer, cover
 from natgrad.likelihoods import Likelihood
@@ -54,6 +54,8 @@ def fisher(
         ValueError: on an unknown estimator, data that do not fit, no data, or no layer to cover.
     """
     _check(estimator, draws, weight_sharing)
+    if isinstance(approximation, Coupled):
+        raise ValueError(f"{type(approximation).__name__} joins layers in its inverse and has no matrix per layer")
     layers = cover(model).layers
     if not layers:
         raise ValueError("the model has no layer that an adapter covers")
@@ -89,7 +91,8 @@ def _estimate(
         stats[layer.name] = pool([stats[layer.name], here]) if layer.name in stats else here
     if not stats:
         raise ValueError("the batches are empty, or reach no covered layer")
-    matrices = {name: approximation.assemble(stats[name]) for name in layers if name in stats}
+    merged = {name: approximation.merge(None, stats[name], 0.0) for name in layers if name in stats}
+    matrices = {name: approximation.assemble(kept) for name, kept in merged.items()}
     if approximation.corrects:
         total = dict.fromkeys(matrices, 0.0)
         for layer, seen in _passes(engine, model, batches, layers, "expand", seed):  # eigenvalues are those of F

@@ -1,11 +1,12 @@
 """Approximations of a layer's Fisher block, one per file."""
 
-from natgrad.fishers.base import Approximation, Mean, Stats, pool
+from natgrad.fishers.base import Approximation, Coupled, Part
 from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
 from natgrad.fishers.exact import ExactFisher
 from natgrad.fishers.kfac import KFAC
+from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_capture, as_samples, pool
 from natgrad.fishers.tekfac import TEKFAC
 from natgrad.fishers.tkfac import TKFAC, TKFACExact
 
@@ -15,11 +16,17 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "Approximation",
+    "Coupled",
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
     "Mean",
+    "Part",
+    "Samples",
+    "Statistic",
     "Stats",
     "TKFACExact",
+    "as_capture",
+    "as_samples",
     "pool",
 ]

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from natgrad.capture import Capture
-from natgrad.matrix import LinearMap, Matrix
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A statistic that is a mean: ``total`` over examples, and the ``weight`` to divide it by.
-
-    Batches that belong together are pooled (totals and weights add); over time values are averaged by a moving
-    average. Means are all-reduced over workers.
-    """
-
-    total: Tensor
-    weight: float | Tensor = 1.0
-
-    @property
-    def value(self) -> Tensor:
-        """total / weight; 0 where the weight is 0."""
-        if isinstance(self.weight, Tensor):
-            return self.total / self.weight.clamp(min=torch.finfo(self.total.dtype).tiny)
-        return self.total / self.weight if self.weight else torch.zeros_like(self.total)
-
-    def pool(self, other: Mean) -> Mean:
-        """The mean over the examples of both."""
-        return Mean(self.total + other.total, self.weight + other.weight)
-
-    def average(self, new: Mean, decay: float) -> Mean:
-        """decay * self + (1 - decay) * new, as a mean of weight 1."""
-        return Mean(torch.lerp(new.value, self.value, decay)) if decay else Mean(new.value)
-
-
-Stats = Mapping[str, Mean]
+from natgrad.fishers.statistics import Stats, pool
+from natgrad.matrix import LinearMap, Matrix, NetworkMap
 
 
 class Approximation(ABC):
@@ -62,9 +32,13 @@ class Approximation(ABC):
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Matrix:
         """The matrix that the statistics stand for; ``previous`` is the layer's last one, for what is carried over."""
 
-    def merge(self, old: Stats, new: Stats, decay: float) -> Stats:
-        """Statistics over time: by default the moving average of every mean."""
-        return {name: old[name].average(mean, decay) for name, mean in new.items()}
+    def merge(self, old: Stats | None, new: Stats, decay: float) -> Stats:
+        """Statistics over time, from those of one observation; ``old`` is ``None`` the first time.
+
+        By default means are averaged and samples replaced. What is kept may differ from what was observed: a method
+        that needs the old state to process a batch lets :meth:`observe` hand on the examples, and works here.
+        """
+        return {name: (old or new)[name].average(mean, decay if old else 0.0) for name, mean in new.items()}
 
     def correct(self, matrix: Matrix, seen: Sequence[Capture], decay: float) -> Matrix:
         """A cheap update of the matrix by the batches of one observation: by default none."""
@@ -88,9 +62,26 @@ class Approximation(ABC):
         """Raise ``ValueError`` if a layer of block shape (*groups, out, in) is too much for this approximation."""
 
 
-def pool(parts: Iterable[Stats]) -> Stats:
-    """The statistics over the examples of all the parts."""
-    pooled: dict[str, Mean] = {}
-    for stats in parts:
-        pooled = {name: pooled[name].pool(mean) if name in pooled else mean for name, mean in stats.items()}
-    return pooled
+@dataclass(frozen=True)
+class Part:
+    """What a coupled approximation sees of one layer: statistics over time, its own inverse, the damping in that."""
+
+    stats: Stats
+    inverse: LinearMap
+    damping: float
+
+
+class Coupled(Approximation):
+    """An approximation whose inverse joins layers.
+
+    Statistics, matrix and inverse stay per layer, so that cadence, failures and checkpoints are those of any other
+    approximation; :meth:`couple` makes one map of the whole network out of them, whenever one of them has changed.
+    """
+
+    def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> Mapping[str, Stats]:
+        """The statistics of one observation for every layer, in the order of the model; by default each on its own."""
+        return {name: pool(self.observe(capture) for capture in captures) for name, captures in seen.items()}
+
+    @abstractmethod
+    def couple(self, parts: Mapping[str, Part]) -> NetworkMap:
+        """The map D = map @ M on dicts of blocks; it must accept an M that lacks some of the layers."""

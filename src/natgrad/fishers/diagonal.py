@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from natgrad import matrix
 from natgrad.capture import Capture
-from natgrad.fishers.base import Approximation, Mean, Stats
+from natgrad.fishers.base import Approximation
+from natgrad.fishers.statistics import Mean, Stats
 
 
 @dataclass(frozen=True)

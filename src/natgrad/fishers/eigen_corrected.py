@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from natgrad.capture import Capture
-from natgrad.fishers.base import Approximation, Mean, Stats, pool
+from natgrad.fishers.base import Approximation
+from natgrad.fishers.statistics import Mean, Stats, pool
 from natgrad.matrix import Factored, LinearMap, Matrix, Spectral, Tikhonov
 from natgrad.matrix.damping import SpectralRule
 

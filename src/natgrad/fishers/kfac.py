@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natgrad.capture import Capture
-from natgrad.fishers.base import Approximation, Mean, Stats
+from natgrad.fishers.base import Approximation
+from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Factored, Kronecker, Matrix
 from natgrad.matrix.damping import KroneckerRule
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from natgrad.capture import Capture
-from natgrad.fishers.base import Approximation, Mean, Stats
+from natgrad.fishers.base import Approximation
+from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Kronecker, Matrix, Unit
 from natgrad.matrix.damping import KroneckerRule
 

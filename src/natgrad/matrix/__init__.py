@@ -1,7 +1,7 @@
 """Structured symmetric positive semi-definite matrices acting on weight-shaped tensors."""
 
 from natgrad.matrix.base import LinearMap, Matrix
-from natgrad.matrix.blocks import Blocks, Grouped
+from natgrad.matrix.blocks import Blocks, Grouped, NetworkMap
 from natgrad.matrix.damping import Factored, Relative, Tikhonov, Unit
 from natgrad.matrix.dense import Dense
 from natgrad.matrix.diagonal import Diagonal
@@ -21,6 +21,7 @@ __all__ = [
     "LinearMap",
     "LowRank",
     "Matrix",
+    "NetworkMap",
     "Relative",
     "Spectral",
     "Tikhonov",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -54,6 +54,13 @@ class Grouped(GroupedMap, Matrix):
     def trace(self) -> Tensor:
         """The sum of the groups' traces."""
         return self.inner.trace().sum()
+
+
+class NetworkMap(Protocol):
+    """A linear map on dicts of tensors: a block (*groups, out, in) per layer, by the layer's name."""
+
+    def __matmul__(self, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The image of ``M``."""
 
 
 @dataclass(frozen=True)

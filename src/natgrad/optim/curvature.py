@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture import Capture
-from natgrad.fishers import Approximation, Mean, Stats, pool
+from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
 
@@ -28,7 +28,8 @@ class LayerCurvature:
     ``matrix`` is kept where the approximation says so (:attr:`~natgrad.fishers.Approximation.keeps`), else ``None``.
     ``observations`` counts the batches in the statistics; with 0 the others are placeholders of the right shape.
     ``failures`` counts refreshes that failed in a row, ``retries`` all factorisations repeated in float64;
-    ``refreshes`` those that succeeded. ``applied`` is the inverse in the precision in which it is applied.
+    ``refreshes`` those that succeeded. ``damping`` is that of the inverse, and ``applied`` the inverse in the precision
+    in which it is applied.
     """
 
     stats: Stats
@@ -38,6 +39,7 @@ class LayerCurvature:
     failures: int = 0
     retries: int = 0
     refreshes: int = 0
+    damping: float = 1.0
     applied: LinearMap | None = None
 
     @classmethod
@@ -47,7 +49,7 @@ class LayerCurvature:
         *groups, out, width = layer.shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a, g = (torch.zeros((*groups, 1, 1, size), dtype=dtype, device=weight.device) for size in (width, out))
-        stats = {name: Mean(mean.value) for name, mean in approximation.observe(Capture(a, g, 1.0, 1.0)).items()}
+        stats = approximation.merge(None, approximation.observe(Capture(a, g, 1.0, 1.0)), 0.0)
         matrix = approximation.assemble(stats)
         return cls(stats, matrix if approximation.keeps else None, approximation.invert(matrix, 1.0))
 
@@ -61,11 +63,10 @@ class LayerCurvature:
         """Whether there is an inverse of something that was seen."""
         return self.refreshes > 0
 
-    def observe(self, approximation: Approximation, seen: Sequence[Capture], decay: float) -> Self:
+    def merge(self, approximation: Approximation, new: Stats, decay: float) -> Self:
         """Statistics with one more observation; the first ones weigh equally until ``decay`` is the larger weight."""
-        new = pool(approximation.observe(capture) for capture in seen)
-        decay = self._decay(decay)
-        return replace(self, stats=approximation.merge(self.stats, new, decay), observations=self.observations + 1)
+        stats = approximation.merge(self.stats if self.ready else None, new, self._decay(decay))
+        return replace(self, stats=stats, observations=self.observations + 1)
 
     def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
         """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
@@ -73,7 +74,8 @@ class LayerCurvature:
         previous = replace(self, observations=self.observations - 1)
         matrix = approximation.correct(self.matrix, seen, previous._decay(decay))
         try:
-            return replace(self, matrix=matrix, inverse=approximation.invert(matrix, damping), applied=None)
+            inverse = approximation.invert(matrix, damping)
+            return replace(self, matrix=matrix, inverse=inverse, damping=damping, applied=None)
         except FactorisationError:
             return self
 
@@ -91,17 +93,17 @@ class LayerCurvature:
         except FactorisationError as first:
             error: FactorisationError = first
         try:
-            double = {key: Mean(mean.value.double()) for key, mean in self.stats.items()}
+            double = {key: statistic.to(torch.float64) for key, statistic in self.stats.items()}
             wide = None if previous is None else previous.to(torch.float64)
             renewed = self._assembled(approximation, double, wide, damping)
-            dtype = next(iter(self.stats.values())).total.dtype
+            dtype = next(iter(self.stats.values())).value.dtype
             matrix = None if renewed.matrix is None else renewed.matrix.to(dtype)
             narrow = replace(renewed, stats=self.stats, matrix=matrix, inverse=renewed.inverse.to(dtype))
             return replace(narrow, retries=self.retries + 1)
         except FactorisationError as second:
             error = second
         if self.failures >= 2:
-            shapes = {key: tuple(mean.total.shape) for key, mean in self.stats.items()}
+            shapes = {key: tuple(statistic.value.shape) for key, statistic in self.stats.items()}
             raise FactorisationError(f"layer {name!r}: three refreshes in a row failed; statistics {shapes}: {error}")
         return replace(self, failures=self.failures + 1, retries=self.retries + 1)
 
@@ -113,7 +115,10 @@ class LayerCurvature:
         matrix = approximation.assemble(stats, previous)
         inverse = approximation.invert(matrix, damping)
         kept = matrix if approximation.keeps else None
-        return replace(self, matrix=kept, inverse=inverse, applied=None, failures=0, refreshes=self.refreshes + 1)
+        refreshes = self.refreshes + 1
+        return replace(
+            self, matrix=kept, inverse=inverse, damping=damping, applied=None, failures=0, refreshes=refreshes
+        )
 
     def _decay(self, decay: float) -> float:
         return min(1 - 1 / (self.observations + 1), decay)
@@ -122,11 +127,11 @@ class LayerCurvature:
 
     def state(self) -> dict[str, Any]:
         """Its tensors and counters under flat names."""
-        parts: dict[str, Any] = {f"stats.{name}": mean.total for name, mean in self.stats.items()}
+        parts: dict[str, Any] = {f"stats.{name}": statistic.value for name, statistic in self.stats.items()}
         if self.matrix is not None:
             parts |= {f"matrix.{name}": value for name, value in self.matrix.tensors().items()}
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
-        return parts | {name: getattr(self, name) for name in _COUNTERS}
+        return parts | {name: getattr(self, name) for name in _COUNTERS} | {"damping": self.damping}
 
     def with_state(self, state: dict[str, Any]) -> Self:
         """The inverse of :meth:`state`, on a placeholder of the same approximation and layer."""
@@ -138,9 +143,10 @@ class LayerCurvature:
         counters = {name: int(state[name]) for name in _COUNTERS}
         return replace(
             self,
-            stats={name: Mean(value) for name, value in tensors("stats").items()},
+            stats={name: statistic.restored(state[f"stats.{name}"]) for name, statistic in self.stats.items()},
             matrix=None if self.matrix is None else self.matrix.with_tensors(tensors("matrix")),
             inverse=self.inverse.with_tensors(tensors("inverse")),
+            damping=float(state["damping"]),
             applied=None,
             **counters,
         )

@@ -1,25 +1,46 @@
-"""A per-layer approximation on a whole network: one :class:`LayerCurvature` per layer, updated on its cadence.
+"""An approximation on a whole network: one :class:`LayerCurvature` per layer, updated on its cadence.
 
-This is the only kind of curvature that the optimizer sees: a method that couples layers offers the same verbs.
+A method that couples layers adds one map over all of them, made anew whenever one of them changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.capture import Capture
 from natgrad.engine import Record, Sharing
-from natgrad.fishers import Approximation
+from natgrad.fishers import Approximation, Coupled, Part, Stats, pool
 from natgrad.layers import Layer
+from natgrad.matrix import FactorisationError, NetworkMap
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.precision import fast_dtype
 
-State = dict[str, LayerCurvature]
+
+@dataclass(frozen=True)
+class State(Mapping[str, LayerCurvature]):
+    """The curvature of every layer, and the map that joins them where the approximation has one.
+
+    Without a ``joint`` map, for want of one or because it could not be made, the layers are preconditioned one by one.
+    """
+
+    layers: Mapping[str, LayerCurvature] = field(default_factory=dict)
+    joint: NetworkMap | None = None
+
+    def __getitem__(self, name: str) -> LayerCurvature:
+        """The curvature of one layer."""
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 @dataclass(frozen=True)
@@ -35,50 +56,78 @@ class Layerwise:
 
     def empty(self) -> State:
         """Placeholders for all layers."""
-        return {name: LayerCurvature.empty(self.approximation, layer) for name, layer in self.layers.items()}
+        return State({name: LayerCurvature.empty(self.approximation, layer) for name, layer in self.layers.items()})
+
+    def restored(self, states: Mapping[str, dict[str, Any]]) -> State:
+        """The state that a checkpoint holds, layer by layer."""
+        layers = {name: c.with_state(states[name]).prepared(self.fast(name)) for name, c in self.empty().items()}
+        return State(layers, self._couple(layers))
 
     def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
         """The state after the observation and the refresh that are due at this step."""
-        observes = bool(records) and self.cadence.observes(step)
-        advanced = {}
-        for number, name in enumerate(self.layers):
-            seen = self._seen(name, records) if observes else []
+        layers = {}
+        observed = self._observe(records if self.cadence.observes(step) else [])
+        for number, (name, seen, new) in enumerate(observed):
             refreshes = self.cadence.refreshes(step, number, len(self.layers))
-            advanced[name] = self._advance(name, state[name], seen, refreshes, damping)
-        return advanced
+            layers[name] = self._advance(name, state[name], seen, new, refreshes, damping)
+        same = all(layers[name] is state[name] for name in layers)
+        return state if same else State(layers, self._couple(layers))
 
     def size(self, before: State, after: State) -> Tensor | None:
         """The largest entry of what was observed: a number that is finite if all the statistics are."""
         changed = [c for name, c in after.items() if name not in before or c.observations > before[name].observations]
-        tensors = [mean.total for c in changed for mean in c.stats.values()]
+        tensors = [statistic.value for c in changed for statistic in c.stats.values()]
         if self.approximation.corrects:
             tensors += [tensor for c in changed if c.matrix is not None for tensor in c.matrix.tensors().values()]
         return largest(tensors)
 
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """D = inverse @ M, layer by layer."""
+        """D = inverse @ M."""
+        if state.joint is not None:
+            return state.joint @ M
         return {name: state[name].precondition(gradient) for name, gradient in M.items()}
 
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits a layer, if any."""
         return fast_dtype(self.precision, self.layers[name].parameters[0])
 
+    def _observe(self, records: Sequence[Record]) -> Iterator[tuple[str, list[Capture], Stats]]:
+        """What each layer saw, and the statistics of it; layer by layer, to hold the captures of one at a time."""
+        approximation = self.approximation
+        if isinstance(approximation, Coupled):
+            seen = {name: self._seen(name, records) for name in self.layers}
+            new = approximation.observe_together({name: captures for name, captures in seen.items() if captures})
+            yield from ((name, seen[name], new.get(name, {})) for name in self.layers)
+            return
+        for name in self.layers:
+            captures = self._seen(name, records)
+            yield name, captures, pool(approximation.observe(capture) for capture in captures)
+
     def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
         layer, fraction = self.layers[name], self.cadence.fraction
         return [capture for record in records for capture in record.captures(layer, self.sharing, fraction)]
 
     def _advance(
-        self, name: str, curvature: LayerCurvature, seen: list[Capture], refreshes: bool, damping: float
+        self, name: str, curvature: LayerCurvature, seen: list[Capture], new: Stats, refreshes: bool, damping: float
     ) -> LayerCurvature:
         dtype = self.fast(name)
-        if seen:
-            curvature = curvature.observe(self.approximation, seen, self.decay)
+        if new:
+            curvature = curvature.merge(self.approximation, new, self.decay)
         if curvature.ready and (refreshes or not curvature.refreshed):
             curvature = curvature.refresh(self.approximation, damping, name)
-        if seen and curvature.refreshed and self.approximation.corrects:
+        if new and curvature.refreshed and self.approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
             curvature = curvature.correct(self.approximation, quick, self.decay, damping)
         return curvature.prepared(dtype)
+
+    def _couple(self, layers: Mapping[str, LayerCurvature]) -> NetworkMap | None:
+        if not isinstance(self.approximation, Coupled):
+            return None
+        parts = {name: Part(c.stats, c.inverse, c.damping) for name, c in layers.items() if c.refreshed}
+        try:
+            return self.approximation.couple(parts) if parts else None
+        except FactorisationError:
+            return None
 
 
 def largest(tensors: list[Tensor]) -> Tensor | None:

@@ -127,7 +127,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.step_size, self.damping = step_size, as_damping(damping)
         self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
-        self._now: State = {}
+        self._now = State()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         self._engine = Engine(model, found.layers.values(), labels)
@@ -345,12 +345,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
-        self._now, self._report = {}, {}
+        self._now, self._report = State(), {}
         states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
         if all("observations" in state for state in states.values()):
-            empty = self._curvature.empty()
-            self._now = {name: c.with_state(states[name]) for name, c in empty.items()}
-            self._now = {name: c.prepared(self._curvature.fast(name)) for name, c in self._now.items()}
+            self._now = self._curvature.restored(states)
         self._arm()
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
