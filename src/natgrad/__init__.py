@@ -23,6 +23,7 @@ from natgrad.optim import (
     NaturalGradient,
     QuadraticModel,
     StepSize,
+    TraceDamping,
 )
 
 __version__ = "0.1.0"
@@ -50,5 +51,6 @@ __all__ = [
     "QuadraticModel",
     "StepSize",
     "TKFACExact",
+    "TraceDamping",
     "fisher",
 ]

@@ -7,9 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from training import backward, batch, copy_of, network, optimizer_of, same, train, values
 
-from natgrad import Automatic, ExactQuadraticModel, KLLimit, LevenbergMarquardt, QuadraticModel
+import natgrad
+from natgrad import (
+    KFAC,
+    TEKFAC,
+    TKFAC,
+    Automatic,
+    Categorical,
+    Constant,
+    ExactQuadraticModel,
+    KLLimit,
+    LevenbergMarquardt,
+    QuadraticModel,
+    TraceDamping,
+)
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
 from natgrad.optim.damping import ConstantDamping
@@ -271,6 +285,35 @@ def test_levenberg_marquardt_lowers_damping_where_the_model_is_right_and_raises_
     assert rule.rejected(0.5) == pytest.approx(0.5 * change**-2)
     assert rule.rejected(1.9) == 2.0
     assert ConstantDamping(0.3).rejected(0.3) == 0.3
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(5)
+    convolutions = nn.Conv1d(1, 3, 2), nn.Tanh(), nn.Conv1d(3, 2, 2)
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), *convolutions, nn.Flatten(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("approximation", [TKFAC, TEKFAC, KFAC])
+def test_trace_damping_takes_mean_eigenvalues_of_convolutions_and_their_largest_elsewhere(approximation: Any) -> None:
+    model, x = convolutional(), batch(n=30)
+    settings = {"estimator": "exact", "step_size": Constant(), "lr": 1e-12}
+    optimizer = optimizer_of(model, approximation(), damping=TraceDamping(0.3), **settings)
+    train(model, optimizer, [x, x])  # eigenvalues are measured after the first refresh, and count at the next
+    F = natgrad.fisher(model, approximation(), Categorical(), [x])
+    means = {name: float(block.trace() / block.dense().shape[0]) for name, block in F.items()}
+    expected = {"1": means["1"], "3": means["3"], "5": 0.3 * max(means["1"], means["3"])}
+    found = {name: optimizer.state[optimizer.layers[name].parameters[0]]["damping"] for name in expected}
+    assert found == pytest.approx(expected)
+    assert optimizer.statistics()["damping"] == 0.3
+
+
+def test_trace_damping_is_constant_without_convolutions_and_never_below_its_floor() -> None:
+    assert TraceDamping(0.3).spread(0.3, {"a": 5.0, "b": 0.0}, []) == {"a": 0.3, "b": 0.3}
+    assert TraceDamping(0.3, floor=0.5).spread(0.3, {"a": 5.0, "b": 0.0}, ["b"]) == {"a": 0.15, "b": 0.5}
+    with pytest.raises(ValueError, match="floor"):
+        TraceDamping(0.3, floor=0.0)
+    with pytest.raises(ValueError, match="damping"):
+        TraceDamping(-1.0)
 
 
 # The cadence.

@@ -1,6 +1,6 @@
 """The optimizer and its policies."""
 
-from natgrad.optim.damping import LevenbergMarquardt
+from natgrad.optim.damping import LevenbergMarquardt, TraceDamping
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.step_size import (
     AdaptiveKLLimit,
@@ -22,4 +22,5 @@ __all__ = [
     "NaturalGradient",
     "QuadraticModel",
     "StepSize",
+    "TraceDamping",
 ]

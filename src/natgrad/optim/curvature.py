@@ -107,6 +107,12 @@ class LayerCurvature:
             raise FactorisationError(f"layer {name!r}: three refreshes in a row failed; statistics {shapes}: {error}")
         return replace(self, failures=self.failures + 1, retries=self.retries + 1)
 
+    def mean_eigenvalue(self, approximation: Approximation) -> Tensor:
+        """tr F / dim F, the mean over groups."""
+        known = self.matrix if self.refreshed else None
+        matrix = approximation.assemble(self.stats) if known is None else known
+        return (matrix.trace() / (matrix.shape[-1] * matrix.shape[-2])).mean()
+
     def precondition(self, M: Tensor) -> Tensor:
         """inverse @ M."""
         return (self.applied or self.inverse) @ M

@@ -5,7 +5,7 @@ A method that couples layers adds one map over all of them, made anew whenever o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, NetworkMap
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
+from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.precision import fast_dtype
 
 
@@ -53,6 +54,7 @@ class Layerwise:
     decay: float
     sharing: Sharing
     precision: torch.dtype | str
+    damping: Damping
 
     def empty(self) -> State:
         """Placeholders for all layers."""
@@ -65,11 +67,16 @@ class Layerwise:
 
     def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
         """The state after the observation and the refresh that are due at this step."""
+        observes = bool(records) and self.cadence.observes(step)
+        due = [self.cadence.refreshes(step, number, len(self.layers)) for number in range(len(self.layers))]
+        merged = self._merged(state, records if observes else [])
+        dampings: Mapping[str, float] = {}
+        if isinstance(self.damping, TraceDamping) and (observes or any(due)):
+            merged = list(merged)
+            dampings = self._spread(self.damping, {name: curvature for name, curvature, _ in merged}, damping)
         layers = {}
-        observed = self._observe(records if self.cadence.observes(step) else [])
-        for number, (name, seen, new) in enumerate(observed):
-            refreshes = self.cadence.refreshes(step, number, len(self.layers))
-            layers[name] = self._advance(name, state[name], seen, new, refreshes, damping)
+        for refreshes, (name, curvature, seen) in zip(due, merged, strict=True):
+            layers[name] = self._renew(name, curvature, seen, refreshes, dampings.get(name, damping))
         same = all(layers[name] is state[name] for name in layers)
         return state if same else State(layers, self._couple(layers))
 
@@ -91,34 +98,47 @@ class Layerwise:
         """The lower precision that suits a layer, if any."""
         return fast_dtype(self.precision, self.layers[name].parameters[0])
 
-    def _observe(self, records: Sequence[Record]) -> Iterator[tuple[str, list[Capture], Stats]]:
-        """What each layer saw, and the statistics of it; layer by layer, to hold the captures of one at a time."""
+    def _merged(
+        self, state: State, records: Sequence[Record]
+    ) -> Iterable[tuple[str, LayerCurvature, Sequence[Capture]]]:
+        """Every layer with its statistics merged, and what it saw; lazily, to hold the captures of one at a time."""
         approximation = self.approximation
+        together: Mapping[str, Stats] | None = None
+        captures = {}
         if isinstance(approximation, Coupled):
-            seen = {name: self._seen(name, records) for name in self.layers}
-            new = approximation.observe_together({name: captures for name, captures in seen.items() if captures})
-            yield from ((name, seen[name], new.get(name, {})) for name in self.layers)
-            return
+            captures = {name: seen for name in self.layers if (seen := self._seen(name, records))}
+            together = approximation.observe_together(captures)
         for name in self.layers:
-            captures = self._seen(name, records)
-            yield name, captures, pool(approximation.observe(capture) for capture in captures)
+            if together is None:
+                seen = self._seen(name, records)
+                new: Stats = pool(approximation.observe(capture) for capture in seen)
+            else:
+                seen, new = captures.get(name, []), together.get(name, {})
+            yield name, state[name].merge(approximation, new, self.decay) if new else state[name], seen
 
     def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
         layer, fraction = self.layers[name], self.cadence.fraction
         return [capture for record in records for capture in record.captures(layer, self.sharing, fraction)]
 
-    def _advance(
-        self, name: str, curvature: LayerCurvature, seen: list[Capture], new: Stats, refreshes: bool, damping: float
+    def _renew(
+        self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float
     ) -> LayerCurvature:
         dtype = self.fast(name)
-        if new:
-            curvature = curvature.merge(self.approximation, new, self.decay)
         if curvature.ready and (refreshes or not curvature.refreshed):
             curvature = curvature.refresh(self.approximation, damping, name)
-        if new and curvature.refreshed and self.approximation.corrects:
+        if seen and curvature.refreshed and self.approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
             curvature = curvature.correct(self.approximation, quick, self.decay, damping)
         return curvature.prepared(dtype)
+
+    def _spread(self, policy: TraceDamping, layers: Mapping[str, LayerCurvature], damping: float) -> dict[str, float]:
+        """The damping of every layer that has been observed."""
+        ready = {name: c for name, c in layers.items() if c.ready}
+        if not ready:
+            return {}
+        means = torch.stack([c.mean_eigenvalue(self.approximation) for c in ready.values()]).tolist()
+        convolutions = [name for name in ready if self.layers[name].parameters[0].ndim > 2]
+        return policy.spread(damping, dict(zip(ready, means, strict=True)), convolutions)
 
     def _couple(self, layers: Mapping[str, LayerCurvature]) -> NetworkMap | None:
         if not isinstance(self.approximation, Coupled):

@@ -57,7 +57,7 @@ class NaturalGradient(torch.optim.Optimizer):
         draws: labels drawn per example by ``"sampled"``.
         lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
         step_size: the policy for alpha and mu; default ``Automatic()``.
-        damping: a constant in units of F, or a ``LevenbergMarquardt`` policy (default).
+        damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
         nesterov: look ahead by one step of the momentum.
         weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
@@ -118,13 +118,15 @@ class NaturalGradient(torch.optim.Optimizer):
         check_settings(locals())
         found = cover(model, exclude)
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
-        self._curvature = Layerwise(approximation, found.layers, cadence, decay, weight_sharing, precision)
+        self.step_size, self.damping = step_size, as_damping(damping)
+        self._curvature = Layerwise(
+            approximation, found.layers, cadence, decay, weight_sharing, precision, self.damping
+        )
         for layer in found.layers.values():
             approximation.check(layer.name, layer.shape)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(build_groups(model, found.layers, natural, adamw or {}, groups), natural)
         self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
-        self.step_size, self.damping = step_size, as_damping(damping)
         self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
