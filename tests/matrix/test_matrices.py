@@ -296,6 +296,15 @@ def test_cholesky_inverse_shifts_each_group_by_its_own() -> None:
     assert torch.equal(X, before)
 
 
+def test_eigh_that_gives_nan_without_an_error_is_a_failed_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = psd(size=IN)
+    values, vectors = torch.linalg.eigh(X)
+    vectors[0, 1] = float("nan")
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: (values, vectors))
+    with pytest.raises(FactorisationError, match="not finite"):
+        eigh(X)
+
+
 def test_eigh_clamps_the_rounding_of_zero_eigenvalues() -> None:
     values, vectors = eigh(psd(size=IN, rank=1))
     assert (values >= 0).all()

@@ -36,4 +36,6 @@ def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(X)
     except torch.linalg.LinAlgError as error:
         raise FactorisationError(f"eigh of a factor of shape {tuple(X.shape)} did not converge") from error
+    if not (torch.isfinite(values).all() & torch.isfinite(vectors).all()):  # LAPACK may return NaN and no error
+        raise FactorisationError(f"eigh of a factor of shape {tuple(X.shape)} gave vectors that are not finite")
     return values.clamp(min=0), vectors
