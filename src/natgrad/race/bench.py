@@ -15,12 +15,12 @@ from torch import nn
 
 from natgrad.race.data import Dataset, Pair
 from natgrad.race.entries import Entry, Settings
+from natgrad.race.floors import floor_flops
 from natgrad.race.run import batches, train_step
 from natgrad.race.summary import Table
 from natgrad.race.tasks import Task
-from natgrad.race.timing import apply_flops, clock, held_bytes, product_rate
+from natgrad.race.timing import clock, held_bytes, product_rate
 
-APPLIES = {"kfac": 1, "tkfac": 1, "ekfac": 2, "tekfac": 2}  # two-sided products of one apply
 MEGABYTE = 2**20
 
 
@@ -106,7 +106,7 @@ def bench(
         batch = next(feed)
         for racer in racers:
             _timed_step(task, racer, batch, device)
-    return costs(racers, device)
+    return costs(racers, device, task.batch)
 
 
 def start(task: Task, data: Dataset, entry: Entry, settings: Settings, device: torch.device) -> Racer:
@@ -129,16 +129,16 @@ def _timed_step(task: Task, racer: Racer, batch: Pair, device: torch.device) -> 
         racer.transient = max(racer.transient, torch.cuda.max_memory_allocated(device) - before)
 
 
-def costs(racers: Sequence[Racer], device: torch.device) -> list[Cost]:
+def costs(racers: Sequence[Racer], device: torch.device, batch: int) -> list[Cost]:
     """Reduce the times to ratios; ratios to SGD are None where SGD does not take part."""
     sgd = next((racer for racer in racers if racer.entry.name == "sgd"), None)
     rates = [product_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)]
-    return [_cost(racer, sgd, rates) for racer in racers]
+    return [_cost(racer, sgd, rates, batch) for racer in racers]
 
 
-def _cost(racer: Racer, sgd: Racer | None, rates: Sequence[float]) -> Cost:
-    applies = APPLIES.get(racer.entry.base, 0)
-    floors = [1 + _ratio(1000 * applies * apply_flops(racer.model) / rate, sgd) for rate in rates]
+def _cost(racer: Racer, sgd: Racer | None, rates: Sequence[float], batch: int) -> Cost:
+    flops = floor_flops(racer.entry.base, racer.model, batch)
+    floors = [None if flops is None or sgd is None else 1 + 1000 * flops / rate / sgd.step_ms() for rate in rates]
     return Cost(
         name=racer.entry.name,
         step_ms=racer.step_ms(),
@@ -146,13 +146,9 @@ def _cost(racer: Racer, sgd: Racer | None, rates: Sequence[float]) -> Cost:
         mean_ratio=racer.mean_ms() / sgd.mean_ms() if sgd else None,
         refresh_ms=racer.refresh_ms(),
         peak_memory_mb=(held_bytes(racer.optimizer, racer.model) + racer.transient) / MEGABYTE,
-        floor_ratio=floors[0] if applies and sgd else None,
-        floor_ratio_bfloat16=floors[1] if applies and sgd else None,
+        floor_ratio=floors[0],
+        floor_ratio_bfloat16=floors[1],
     )
-
-
-def _ratio(milliseconds: float, sgd: Racer | None) -> float:
-    return milliseconds / sgd.step_ms() if sgd else math.nan
 
 
 def table(found: Sequence[Cost]) -> Table:

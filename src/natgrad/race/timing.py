@@ -1,4 +1,4 @@
-"""What the bench rests on: the machine's product rate, an optimizer's memory, the cost of an apply."""
+"""What the bench rests on: a clock, the machine's product rate, an optimizer's memory."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,6 @@ def product_rate(dtype: torch.dtype, device: torch.device, size: int = 1000, rep
         a @ a
         times.append(clock(device) - start)
     return 2 * size**3 / median(times[2:])
-
-
-def apply_flops(model: nn.Module) -> int:
-    """Operations of a Kronecker-factored apply: 2 out in (out + in) for every dense and convolution layer."""
-    shapes = [m.weight.flatten(1).shape for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return sum(2 * n_out * n_in * (n_out + n_in) for n_out, n_in in shapes)
 
 
 def held_bytes(optimizer: Any, model: nn.Module) -> int:
