@@ -7,7 +7,8 @@ import torch
 
 from natgrad.race import data
 from natgrad.race.curves import cached_curves, curves
-from natgrad.race.tasks import TASKS, stratified
+from natgrad.race.datasets import stratified
+from natgrad.race.tasks import TASKS
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from natgrad.race.data import stored
 
 SIDE = 28
 SAMPLES = 64  # points drawn on each curve: closer than one pixel even on the longest ones
@@ -20,15 +21,7 @@ def curves(n: int, seed: int = 0) -> Tensor:
 
 def cached_curves(n: int, seed: int, folder: Path) -> Tensor:
     """Read the images of `curves(n, seed)` from `folder`, drawing and storing them the first time."""
-    path = folder / f"curves-{n}-{seed}.npy"
-    if path.is_file():
-        return torch.from_numpy(np.load(path))
-    images = curves(n, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part.npy")
-    np.save(unfinished, images.numpy())
-    unfinished.replace(path)
-    return images
+    return stored(f"curves-{n}-{seed}", lambda: curves(n, seed), folder)
 
 
 def _draw(corners: Tensor) -> Tensor:

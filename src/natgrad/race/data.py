@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import pairwise
@@ -23,7 +24,7 @@ FOLDERS = {
 
 
 class MissingData(Exception):  # noqa: N818
-    """A data set is in none of the places; the message is one line that says where to put it."""
+    """A data set or a package that a task needs is in none of the places; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,26 @@ class Dataset:
 def cache() -> Path:
     """Folder of what was generated or decoded once: `~/.cache/natgrad`."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "natgrad"
+
+
+def stored(name: str, make: Callable[[], Tensor], folder: Path | None = None) -> Tensor:
+    """Read the array `name` from the cache, making and storing it the first time."""
+    path = (folder or cache()) / f"{name}.npy"
+    if path.is_file():
+        return torch.from_numpy(np.load(path))
+    array = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part.npy")
+    np.save(unfinished, array.numpy())
+    unfinished.replace(path)
+    return array
+
+
+def require(*packages: str) -> None:
+    """Raise `MissingData` unless all packages can be imported."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingData(f"this task needs {' and '.join(missing)}: pip install 'natgrad[race]'")
 
 
 def places(folder: Path | None = None) -> list[Path]:
@@ -137,20 +158,53 @@ def _cifar_batches(folder: Path) -> tuple[Pair, Pair]:
 def _cifar_jpeg(path: Path) -> tuple[Pair, Pair]:
     with np.load(path) as packed:
         label, test = torch.from_numpy(packed["label"]).long(), torch.from_numpy(packed["test"])
-        decoded = cache() / "cifar10-decoded.npy"
-        if not decoded.is_file():
-            decoded.parent.mkdir(parents=True, exist_ok=True)
-            np.save(decoded, _decode(packed["blob"], packed["offset"]))
-    x = torch.from_numpy(np.load(decoded))
+        x = stored("cifar10-decoded", lambda: _decode(packed["blob"], packed["offset"]))
     return (x[~test], label[~test]), (x[test], label[test])
 
 
-def _decode(blob: np.ndarray, offset: np.ndarray) -> np.ndarray:
+def _decode(blob: np.ndarray, offset: np.ndarray) -> Tensor:
     from PIL import Image
 
     spans = pairwise(offset.tolist())
     images = [np.asarray(Image.open(BytesIO(blob[a:b].tobytes()))) for a, b in spans]
-    return np.stack(images).transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))
+
+
+def find_faces(folder: Path | None = None) -> Path | None:
+    """Find the AT&T faces: the file `att_faces.npz` or the folder `att_faces` with `s1/1.pgm` to `s40/10.pgm`."""
+    paths = (place / name for place in places(folder) for name in ("att_faces.npz", "att_faces"))
+    return next((p for p in paths if p.is_file() or (p / "s40" / "10.pgm").is_file()), None)
+
+
+def load_faces(folder: Path | None = None) -> Pair:
+    """Load the 400 AT&T faces (400, 112, 92) uint8, ten of each person, and the persons 0 to 39."""
+    path = find_faces(folder)
+    if path is None:
+        raise MissingData(f"the AT&T faces were not found: {HINTS['AT&T faces']}")
+    if path.suffix == ".npz":
+        with np.load(path) as packed:
+            return torch.from_numpy(packed["x"]), torch.from_numpy(packed["y"]).long()
+    from PIL import Image
+
+    images = [np.asarray(Image.open(path / f"s{s}" / f"{i}.pgm")) for s in range(1, 41) for i in range(1, 11)]
+    return torch.from_numpy(np.stack(images)), torch.arange(40).repeat_interleave(10)
+
+
+def find_multi30k(folder: Path | None = None) -> Path | None:
+    """Find the folder `multi30k` with the sentences of training and of the test of 2016."""
+    names = [f"{part}.{language}" for part in ("train", "test_2016_flickr") for language in ("en", "de")]
+    folders = (place / "multi30k" for place in places(folder))
+    return next((f for f in folders if all((f / name).is_file() for name in names)), None)
+
+
+def load_multi30k(part: str, folder: Path | None = None) -> tuple[list[str], list[str]]:
+    """Load the English and the German sentences of a part: "train", "val" or "test_2016_flickr"."""
+    path = find_multi30k(folder)
+    if path is None:
+        raise MissingData(f"Multi30k was not found: {HINTS['Multi30k']}")
+    texts = [(path / f"{part}.{language}").read_text("utf-8") for language in ("en", "de")]
+    english, german = (text.removesuffix("\n").split("\n") for text in texts)
+    return english, german
 
 
 HINTS = {
@@ -158,6 +212,8 @@ HINTS = {
     "MNIST": "put the four IDX files (train-images-idx3-ubyte.gz, ...) into $NATGRAD_DATA/MNIST/raw",
     "Fashion-MNIST": "put the four IDX files into $NATGRAD_DATA/FashionMNIST/raw",
     "CIFAR-10": "put the folder cifar-10-batches-py into $NATGRAD_DATA",
+    "AT&T faces": "put att_faces.npz (x: 400 images 112x92, y) or the folder att_faces/s1/1.pgm... into $NATGRAD_DATA",
+    "Multi30k": "put train.en, train.de, test_2016_flickr.en and test_2016_flickr.de into $NATGRAD_DATA/multi30k",
     "CURVES": "generated at first use",
 }
 
@@ -170,6 +226,8 @@ def inventory(folder: Path | None = None) -> list[tuple[str, str]]:
         "MNIST": mnist and mnist[0].parent,
         "Fashion-MNIST": fashion and fashion[0].parent,
         "CIFAR-10": find_cifar(folder),
+        "AT&T faces": find_faces(folder),
+        "Multi30k": find_multi30k(folder),
         "CURVES": next(cache().glob("curves-*.npy"), None),
     }
     return [(name, str(path) if path else f"not found: {HINTS[name]}") for name, path in found.items()]

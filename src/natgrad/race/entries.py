@@ -77,12 +77,14 @@ def adamw(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optim
 def muon(model: nn.Module, task: Task, settings: Settings) -> Together:
     """Torch's Muon (Jordan et al. 2024) on the weight matrices, AdamW on everything else.
 
-    With `ends` false the first and the last matrix are AdamW's too, as language models do it.
+    Embeddings are AdamW's; with `ends` false the first and the last matrix are too, as language models do it.
     """
     rest = dict(settings)
     adam_lr, ends = rest.pop("adam_lr"), rest.pop("ends")
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    chosen = matrices if ends or len(matrices) < 3 else matrices[1:-1]
+    matrices = matrices if ends or len(matrices) < 3 else matrices[1:-1]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    chosen = [p for p in matrices if id(p) not in tables]
     taken = {id(p) for p in chosen}
     others = [p for p in model.parameters() if id(p) not in taken]
     return Together(torch.optim.Muon(chosen, **rest), torch.optim.AdamW(others, lr=adam_lr, weight_decay=0))

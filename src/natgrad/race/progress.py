@@ -64,7 +64,8 @@ def screen(console: Console) -> Iterator[Screen]:
 def _state(epoch: Epoch) -> str:
     point = epoch.point
     test = "" if point.test_loss is None else f"  test {point.test_loss:9.4f}"
-    return f"loss {point.loss:9.4f}{test}  {point.seconds:7.1f} s"
+    metrics = "".join(f"  {name} {value:.4g}" for name, value in point.metrics.items())
+    return f"loss {point.loss:9.4f}{test}  {point.seconds:7.1f} s{metrics}"
 
 
 @contextmanager
@@ -89,6 +90,8 @@ def _write(writer: object, epoch: Epoch) -> None:
     add("time/seconds", point.seconds, point.step)
     if point.test_loss is not None:
         add("loss/test", point.test_loss, point.step)
+    for name, value in point.metrics.items():
+        add(f"metric/{name}", value, point.step)
     first = point.step - len(epoch.batch_losses)
     for i, loss in enumerate(epoch.batch_losses, first + 1):
         add("loss/batch", loss, i)

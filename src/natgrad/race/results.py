@@ -13,7 +13,7 @@ import torch
 
 from natgrad.race.run import Epoch, Run
 
-PACKAGES = ("natgrad", "torch", "numpy", "heavyball", "pytorch_optimizer", "optuna")
+PACKAGES = ("natgrad", "torch", "numpy", "heavyball", "pytorch_optimizer", "optuna", "sentencepiece", "sacrebleu")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def record(run: Run) -> dict[str, Any]:
             "seconds": last.seconds if last else 0.0,
             "loss": last.loss if last else None,
             "test_loss": last.test_loss if last else None,
+            "metrics": dict(last.metrics) if last else {},
             "diverged": run.diverged,
             "stopped": run.stopped,
             "curve": [_epoch(epoch) for epoch in run.epochs],

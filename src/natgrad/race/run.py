@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ GROWTH = 10  # a training loss this many times the initial one counts as diverge
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run stands at the end of an epoch; `seconds` counts training steps alone."""
+    """Where a run stands at the end of an epoch; `seconds` counts training steps alone.
+
+    `metrics` holds the task's measures beside its loss, taken once, at the end of the last epoch.
+    """
 
     epoch: int
     step: int
     seconds: float
     loss: float
     test_loss: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,14 +127,22 @@ def train(task: Task, data: Dataset, entry: Entry, *, settings: Settings, seed: 
                 break
         seconds = clock(rules.device) - start
         point = _measure(task, data, model, number, step, seconds)
+        last = number == rules.epochs or seconds > rules.budget
+        if last and math.isfinite(point.loss):
+            point = replace(point, metrics=measures(task, model, data))
         yield Epoch(point, torch.stack(losses).tolist(), _statistics(optimizer))
-        if seconds > rules.budget:
+        if last:
             return
 
 
 def train_step(task: Task, model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Take one step of the plain loop; returns the loss of the batch."""
+    """Take one step of the plain loop; returns the loss of the batch.
+
+    A natural gradient is told the targets, for likelihoods that ignore some of them.
+    """
     optimizer.zero_grad()
+    if hasattr(optimizer, "targets"):
+        optimizer.targets(y)
     loss = task.loss(model(x), y)
     loss.backward()
     optimizer.step()
@@ -160,13 +173,31 @@ def schedule(name: str, steps: int) -> Callable[[int], float]:
 
 @torch.no_grad()
 def mean_loss(task: Task, model: nn.Module, pair: Pair) -> float:
-    """Loss over a whole set, in evaluation mode."""
+    """Mean over the loss terms of a whole set, in evaluation mode."""
+    total = torch.zeros((), dtype=torch.float64, device=pair[1].device)
+    terms = 0
+    with evaluating(model):
+        for x, y in zip(pair[0].split(task.chunk), pair[1].split(task.chunk), strict=True):
+            total += task.loss(model(x), y).double() * task.terms(y)
+            terms += task.terms(y)
+    return float(total) / terms
+
+
+def measures(task: Task, model: nn.Module, data: Dataset) -> dict[str, float]:
+    """The metrics of a task, in evaluation mode."""
+    with evaluating(model):
+        return {name: metric(model, data) for name, metric in task.metrics.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and back."""
     training = model.training
     model.eval()
-    parts = zip(pair[0].split(1000), pair[1].split(1000), strict=True)
-    total = sum(task.loss(model(x), y).double() * len(x) for x, y in parts)
-    model.train(training)
-    return float(total) / len(pair[0])
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _measure(task: Task, data: Dataset, model: nn.Module, epoch: int, step: int, seconds: float) -> Point:

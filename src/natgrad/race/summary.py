@@ -69,12 +69,15 @@ def summarise(runs: Sequence[Run]) -> Table:
     headers += [f"loss, epoch {epoch}" for epoch in epochs]
     tested = any(run.curve and run.curve[-1].test_loss is not None for run in runs)
     headers += ["test loss"] if tested else []
+    metrics = list(dict.fromkeys(name for run in runs if run.curve for name in run.curve[-1].metrics))
+    headers += metrics
     headers += [f"to {name}'s {loss:.4g}" for name, loss in marks.items()] + ["note"]
     rows = []
-    for name, group in groups.items():
-        row = [name, _number(costs[name], ".1f"), _number(costs[name] / unit, ".2f")]
+    for entry, group in groups.items():
+        row = [entry, _number(costs[entry], ".1f"), _number(costs[entry] / unit, ".2f")]
         row += [_over_seeds(group, lambda run, at=epoch: _loss_at(run, at)) for epoch in epochs]  # type: ignore[misc]
         row += [_over_seeds(group, _test_loss)] if tested else []
+        row += [_over_seeds(group, lambda run, of=name: _metric(run, of)) for name in metrics]  # type: ignore[misc]
         row += [_time_to(group, loss) for loss in marks.values()]
         rows.append([*row, _note(group)])
     return Table(headers, rows)
@@ -86,6 +89,10 @@ def _loss_at(run: Run, epoch: int) -> float | None:
 
 def _test_loss(run: Run) -> float | None:
     return run.curve[-1].test_loss if run.curve else None
+
+
+def _metric(run: Run, name: str) -> float | None:
+    return run.curve[-1].metrics.get(name) if run.curve else None
 
 
 def _over_seeds(runs: Sequence[Run], value: Callable[[Run], float | None]) -> str:

@@ -1,7 +1,8 @@
 """The tasks of a race: data, network, loss, batch and length, in one table."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.race import curves, data, networks
-from natgrad.race.data import Dataset, Pair
+from natgrad.race import datasets, networks, translation
+from natgrad.race.data import Dataset
+from natgrad.race.networks import autoencoder
+
+Metric = Callable[[nn.Module, Dataset], float]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: `data(folder)`, `model(dataset)`, `loss(output, target)` and its likelihood."""
+    """What is trained: `data(folder)`, `model(dataset)`, `loss(output, target)` and its likelihood.
+
+    The loss is a mean over `terms(target)` loss terms, as many as examples where nothing is said. Losses over a whole
+    set are measured `chunk` examples at a time; `metrics` are measured once, after training.
+    """
 
     name: str
     data: Callable[[Path | None], Dataset]
@@ -25,6 +33,9 @@ class Task:
     likelihood: Callable[[], Any]
     batch: int
     epochs: int
+    terms: Callable[[Tensor], int] = len
+    chunk: int = 1000
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
 def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -32,62 +43,22 @@ def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output, target, reduction="sum") / len(target)
 
 
-def mnist_images(folder: Path | None) -> Dataset:
-    """All 5,000 bundled digits as inputs and targets; full MNIST's test images where they are found."""
-    x, _ = data.load_digits()
-    if data.find_idx("MNIST", folder) is None:
-        return Dataset("MNIST, 5,000 digits", (x, x))
-    test_x = data.load_idx("MNIST", folder)[1][0].flatten(1).float() / 255
-    return Dataset("MNIST, 5,000 digits", (x, x), (test_x, test_x))
+def square_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Gaussian negative log-likelihood: half the squared error, summed over pixels, mean over images."""
+    return F.mse_loss(output, target, reduction="sum") / (2 * len(target))
 
 
-def curve_images(folder: Path | None) -> Dataset:
-    """CURVES as inputs and targets: 20,000 images for training and 10,000 for test."""
-    x = curves.cached_curves(30_000, 0, data.cache()).float() / 255
-    return Dataset("CURVES", (x[:20_000], x[:20_000]), (x[20_000:], x[20_000:]))
-
-
-def digit_labels(folder: Path | None) -> Dataset:
-    """The bundled digits with labels: 400 of each class for training, 100 for test."""
-    x, y = data.load_digits()
-    train, test = stratified(y, 0.8, seed=0)
-    return Dataset("MNIST, 5,000 digits", (x[train], y[train]), (x[test], y[test]))
-
-
-def stratified(y: Tensor, share: float, seed: int) -> Pair:
-    """Split the positions of labels `y` (n,) in two, with `share` of every class in the first."""
-    generator = torch.Generator().manual_seed(seed)
-    first, second = [], []
-    for label in y.unique():
-        members = (y == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
-        cut = round(share * len(members))
-        first.append(members[:cut])
-        second.append(members[cut:])
-    return torch.cat(first), torch.cat(second)
-
-
-def photographs(folder: Path | None) -> Dataset:
-    """CIFAR-10 where it is found, else Fashion-MNIST; channels normalised by the training images."""
-    if data.find_cifar(folder):
-        return normalised("CIFAR-10", *data.load_cifar(folder))
-    if data.find_idx("Fashion-MNIST", folder):
-        (x, y), (test_x, test_y) = data.load_idx("Fashion-MNIST", folder)
-        return normalised("Fashion-MNIST", (x[:, None], y), (test_x[:, None], test_y))
-    hints = f"CIFAR-10: {data.HINTS['CIFAR-10']}; Fashion-MNIST: {data.HINTS['Fashion-MNIST']}"
-    raise data.MissingData(f"task convnet found neither of its data sets. {hints}")
-
-
-def normalised(name: str, train: Pair, test: Pair) -> Dataset:
-    """Scale images (n, c, h, w) of bytes to mean 0 and deviation 1 per channel of the training set."""
-    x = train[0].float() / 255
-    mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-    test_x = test[0].float() / 255
-    return Dataset(name, ((x - mean) / deviation, train[1]), ((test_x - mean) / deviation, test[1]))
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Dataset) -> float:
+    """Per cent of the test examples whose likeliest class is theirs."""
+    if data.test is None:
+        return float("nan")
+    parts = zip(data.test[0].split(250), data.test[1].split(250), strict=True)
+    return 100 * sum(int((model(x).argmax(-1) == y).sum()) for x, y in parts) / len(data.test[0])
 
 
 def bernoulli() -> Any:
-    """Likelihood of the auto-encoders."""
+    """Likelihood of the auto-encoders on grey levels from 0 to 1."""
     return natgrad.Bernoulli()
 
 
@@ -96,44 +67,108 @@ def categorical() -> Any:
     return natgrad.Categorical()
 
 
+MNIST = (784, 1000, 500, 250, 30)
+CURVES = (784, 400, 200, 100, 50, 25, 6)
+FACES = (625, 2000, 1000, 500, 30)
+# The form of arXiv 2201.10285: ReLU after the code too, and losses that are means over pixels, likelihoods told so.
+RELU = partial(autoencoder, activation=nn.ReLU, linear_code=False, bias=0.01)
+MEAN_BERNOULLI = partial(natgrad.Bernoulli, reduction="mean")
+MEAN_GAUSSIAN = partial(natgrad.Gaussian, reduction="mean")
+CLASSES: dict[str, Any] = {
+    "loss": F.cross_entropy,
+    "likelihood": categorical,
+    "metrics": {"test accuracy %": accuracy},
+}
+BINARY: dict[str, Any] = {"loss": pixel_loss, "likelihood": bernoulli}
+MEAN_BINARY: dict[str, Any] = {"loss": F.binary_cross_entropy_with_logits, "likelihood": MEAN_BERNOULLI}
+
 TASKS = {
     task.name: task
     for task in (
+        Task("mnist-ae", datasets.mnist_images, lambda _: autoencoder(*MNIST), batch=500, epochs=40, **BINARY),
+        Task("curves-ae", datasets.curve_images, lambda _: autoencoder(*CURVES), batch=500, epochs=20, **BINARY),
         Task(
-            name="mnist-ae",
-            data=mnist_images,
-            model=lambda _: networks.autoencoder(784, 1000, 500, 250, 30),
-            loss=pixel_loss,
-            likelihood=bernoulli,
+            name="faces-ae",
+            data=datasets.face_images,
+            model=lambda _: autoencoder(*FACES),
+            loss=square_loss,
+            likelihood=natgrad.Gaussian,
             batch=500,
-            epochs=40,
+            epochs=10,
         ),
         Task(
-            name="curves-ae",
-            data=curve_images,
-            model=lambda _: networks.autoencoder(784, 400, 200, 100, 50, 25, 6),
-            loss=pixel_loss,
-            likelihood=bernoulli,
-            batch=500,
-            epochs=20,
+            name="mnist-ae-relu",
+            data=datasets.published_mnist_images,
+            model=lambda _: RELU(*MNIST),
+            batch=512,
+            epochs=50,
+            **MEAN_BINARY,
+        ),
+        Task("curves-ae-relu", datasets.curve_images, lambda _: RELU(*CURVES), batch=256, epochs=50, **MEAN_BINARY),
+        Task(
+            name="faces-ae-relu",
+            data=datasets.face_images,
+            model=lambda _: RELU(*FACES),
+            loss=F.mse_loss,
+            likelihood=MEAN_GAUSSIAN,
+            batch=1024,
+            epochs=10,
         ),
         Task(
             name="digits",
-            data=digit_labels,
+            data=datasets.digit_labels,
             model=lambda _: networks.perceptron(784, 500, 300, 10),
-            loss=F.cross_entropy,
-            likelihood=categorical,
             batch=128,
             epochs=12,
+            **CLASSES,
+        ),
+        Task(
+            name="deep-linear",
+            data=datasets.garments,
+            model=lambda _: networks.deep_linear(784, 10, depth=64),
+            batch=512,
+            epochs=20,
+            **CLASSES,
         ),
         Task(
             name="convnet",
-            data=photographs,
+            data=datasets.photographs,
             model=lambda found: networks.resnet(channels=found.train[0].shape[1]),
-            loss=F.cross_entropy,
-            likelihood=categorical,
             batch=128,
             epochs=5,
+            **CLASSES,
+        ),
+        Task(
+            name="resnet18",
+            data=datasets.cifar,
+            model=lambda _: networks.resnet18(channels=3),
+            batch=128,
+            epochs=20,
+            chunk=250,
+            **CLASSES,
+        ),
+        Task(
+            name="resnet18-narrow",
+            data=datasets.cifar,
+            model=lambda _: networks.resnet18(channels=3, width=16),
+            batch=128,
+            epochs=5,
+            chunk=250,
+            **CLASSES,
+        ),
+        Task(
+            name="multi30k",
+            data=translation.translations,
+            model=translation.translator,
+            loss=translation.word_loss,
+            likelihood=partial(
+                natgrad.Categorical, label_smoothing=translation.SMOOTHING, ignore_index=translation.PADDING
+            ),
+            batch=128,
+            epochs=10,
+            terms=translation.words,
+            chunk=250,
+            metrics={"BLEU": translation.bleu},
         ),
     )
 }

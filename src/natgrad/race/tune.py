@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from natgrad.race.data import Dataset
@@ -38,6 +38,7 @@ def trials(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    task = replace(task, metrics={})  # trials are judged by their loss
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=max(4, count // 4)))
     for number in range(count):
         asked = study.ask() if number else None
