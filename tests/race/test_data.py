@@ -69,7 +69,7 @@ def test_a_file_that_is_not_idx_is_refused(tmp_path: Path) -> None:
         data.idx(tmp_path / "x")
 
 
-@pytest.mark.parametrize("task", ["mnist-ae", "digits", "convnet"])
+@pytest.mark.parametrize("task", ["mnist-ae", "faces-ae", "digits", "deep-linear", "convnet", "resnet18", "multi30k"])
 def test_missing_data_is_one_line_that_says_where_to_put_it(nowhere: Path, task: str) -> None:
     with pytest.raises(data.MissingData) as caught:
         TASKS[task].data(None)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from natgrad.race.data import Dataset
 from natgrad.race.entries import ENTRIES, Entry, Settings
+from natgrad.race.results import record
 from natgrad.race.run import Rules, Run, run, schedule, train
 from natgrad.race.tasks import Task
+from natgrad.race.tune import trials
 
 SGD = ENTRIES["sgd"]
 
@@ -92,6 +95,35 @@ def test_a_scheduled_run_ends_with_a_small_learning_rate(tiny: Task) -> None:
     chosen = {"lr": 0.1, "schedule": "cosine"}
     list(train(tiny, tiny.data(None), Entry("s", build, lambda trial: {}), settings=chosen, seed=0, rules=Rules(2)))
     assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and rates[-1] < 0.01
+
+
+def test_metrics_are_measured_once_after_training_in_evaluation_mode(tiny: Task) -> None:
+    asked: list[bool] = []
+
+    def metric(model: nn.Module, data: Dataset) -> float:
+        asked.append(model.training)
+        return 7.0
+
+    measured = replace(tiny, metrics={"seven": metric})
+    done = quick(measured)
+    assert asked == [False] and [dict(point.metrics) for point in done.curve] == [{}, {}, {}, {"seven": 7.0}]
+    assert record(done)["metrics"] == {"seven": 7.0}
+    assert quick(measured, budget=0.0).curve[-1].metrics and not quick(measured, settings={"lr": 1e6}).curve[-1].metrics
+    asked.clear()
+    tried = trials(measured, tiny.data(None), SGD, count=2, rules=Rules(1), fixed={}, show=lambda _: lambda _: None)
+    assert len(list(tried)) == 2 and not asked, "trials are judged by their loss"
+
+
+def test_an_optimizer_that_asks_for_the_targets_is_told_those_of_every_batch(tiny: Task) -> None:
+    told: list[Tensor | None] = []
+
+    def build(model: nn.Module, task: Task, settings: Settings) -> Any:
+        optimizer: Any = SGD.build(model, task, settings)
+        optimizer.targets = told.append
+        return optimizer
+
+    quick(tiny, Entry("s", build, lambda trial: {}, {"lr": 0.05}), epochs=1)
+    assert len(told) == 6 and all(y is not None and len(y) == tiny.batch for y in told)
 
 
 def raising(error: BaseException, after: int = 1) -> Entry:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 from natgrad.race.run import Epoch, Point, Run
 from natgrad.race.summary import checkpoints, reach, summarise, targets
@@ -42,3 +43,16 @@ def test_diverged_runs_and_no_runs_make_a_table_too() -> None:
     table = summarise([made("sgd", [9, math.nan], stopped="diverged")])
     assert "diverged" in table.rows[0] and table.rows[0][-1] == "seed 0 diverged"
     assert summarise([]).rows == [] and checkpoints([]) == []
+
+
+def test_metrics_have_a_column_each_over_the_seeds() -> None:
+    runs = [measured("kfac", 20.0), measured("kfac", 22.0, seed=1), made("sgd", [9, 4])]
+    table = summarise(runs)
+    column = table.headers.index("BLEU")
+    assert [row[column] for row in table.rows] == ["21 ± 1.4", "-"]
+
+
+def measured(name: str, bleu: float, seed: int = 0) -> Run:
+    run = made(name, [9, 4], seed)
+    last = replace(run.curve[-1], metrics={"BLEU": bleu})
+    return replace(run, epochs=[*run.epochs[:-1], Epoch(last)])

@@ -34,14 +34,14 @@ def translations(folder: Path | None) -> Translations:
     require(*PACKAGES)
     english, german = load_multi30k("train", folder)
     test_english, references = load_multi30k("test_2016_flickr", folder)
-    pieces = vocabulary([*english, *german])
+    pieces = vocabulary([*english, *german], PIECES)
     train = [pair for pair in _encoded(pieces, english, german) if max(map(len, pair)) < LENGTH]
     test = _encoded(pieces, test_english, references)
     longest = 1 + max(len(side) for pair in test for side in pair)
     return Translations("Multi30k", padded(train, LENGTH), padded(test, longest), pieces, references)
 
 
-def vocabulary(sentences: Sequence[str], size: int = PIECES) -> Any:
+def vocabulary(sentences: Sequence[str], size: int) -> Any:
     """Learn byte-pair pieces (Sennrich et al. 2016) of the sentences, or read them from the cache."""
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
