@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 25  # elements of per-example gradients held at once
+_CHUNK = 1 << 25  # elements of per-example gradients, or of products of positions, held at once
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,36 @@ class Capture:
         """sum_n w_n DW_n for w (*groups, n): (*groups, out, in), without per-example gradients; 2 n t out in flops."""
         weighted = self.g * w.to(self.g.dtype)[..., None, None]
         return weighted.flatten(-3, -2).mT @ self.flat_a
+
+    def gram(self) -> Tensor:
+        """K_nm = <DW_n, DW_m> (*groups, n, n), the Gram matrix of the per-example gradients, in the dtype of ``a``.
+
+        K = sum over positions s, t of (a_ns . a_mt)(g_ns . g_mt): n^2 (in + out) flops if t = 1, t^2 times that if the
+        weight is shared; or DW DW^T, (n^2 + n t) in out flops. The cheaper is taken, in chunks that fit in memory.
+        """
+        n, t, width = self.a.shape[-3:]
+        out = self.g.shape[-1]
+        if (n + t) * width * out < n * t**2 * (width + out):
+            return self._gram_of_gradients()
+        return self._gram_of_positions()
+
+    def _gram_of_positions(self) -> Tensor:
+        n, t = self.a.shape[-3:-1]
+        step = max(1, _CHUNK // (n * t**2 * max(1, self.a.shape[:-3].numel())))
+        rows = []
+        for a, g in zip(self.a.split(step, -3), self.g.split(step, -3), strict=True):
+            product = (a.flatten(-3, -2) @ self.flat_a.mT) * (g.flatten(-3, -2) @ self.flat_g.mT)
+            rows.append(product.unflatten(-1, (n, t)).unflatten(-3, (-1, t)).sum((-3, -1)))
+        return torch.cat(rows, -2)
+
+    def _gram_of_gradients(self) -> Tensor:
+        n, _, width = self.a.shape[-3:]
+        step = max(1, _CHUNK // (n * width * max(1, self.a.shape[:-3].numel())))
+        K = self.a.new_zeros(*self.a.shape[:-3], n, n)
+        for g in self.g.split(step, -1):
+            DW = torch.einsum("...nto,...nti->...noi", g, self.a).flatten(-2)
+            K += DW @ DW.mT
+        return K
 
     def project(self, left: Tensor, right: Tensor) -> Capture:
         """The same examples in other coordinates: a @ right, g @ left, so that DW becomes left^T DW right."""
