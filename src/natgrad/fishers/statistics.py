@@ -77,7 +77,12 @@ class Samples(Statistic):
     examples replace the old. Samples are all-gathered over workers.
     """
 
-    value: Tensor
+    examples: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """The examples."""
+        return self.examples
 
     def pool(self, other: Samples) -> Samples:
         """The examples of both."""
