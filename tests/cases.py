@@ -9,7 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Approximation, Diagonal, EigenCorrected, ExactFisher, TKFACExact
+from natgrad import (
+    EKFAC,
+    KFAC,
+    TEKFAC,
+    TKFAC,
+    Approximation,
+    Diagonal,
+    EigenCorrected,
+    ExactFisher,
+    JointWoodbury,
+    TENGraD,
+    TKFACExact,
+    Woodbury,
+)
 
 Whose = Literal["fisher", "positions"]  # the full Fisher, or the one without cross terms between positions
 
@@ -52,4 +65,8 @@ CASES = (
     Case("TEKFACExact", TEKFACExact, trace="fisher", below=TKFACExact),
     Case("EKFAC-reseed", lambda: EigenCorrected(KFAC(), carry="reseed"), trace="fisher", below=KFAC),
     Case("EKFAC-keep", lambda: EigenCorrected(KFAC(), carry="keep"), trace="fisher", below=KFAC),
+    Case("Woodbury", Woodbury, exact=True, trace="fisher", partial_traces="fisher"),
+    Case("Woodbury-window", lambda: Woodbury(window=3), exact=True, trace="fisher", partial_traces="fisher"),
+    Case("JointWoodbury", JointWoodbury, exact=True, trace="fisher", partial_traces="fisher"),
+    Case("TENGraD", TENGraD),
 )

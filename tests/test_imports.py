@@ -13,8 +13,8 @@ import natgrad
 ROOT = Path(natgrad.__file__).parent
 # What each part may import of natgrad, itself included. To add a part, add its row.
 BELOW: dict[str, set[str]] = {
-    "matrix": set(),
     "capture": set(),
+    "matrix": {"capture"},
     "likelihoods": set(),
     "layers": set(),
     "labels": {"likelihoods"},

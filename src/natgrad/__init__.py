@@ -10,7 +10,10 @@ from natgrad.fishers import (
     Diagonal,
     EigenCorrected,
     ExactFisher,
+    JointWoodbury,
+    TENGraD,
     TKFACExact,
+    Woodbury,
 )
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.optim import (
@@ -32,6 +35,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "TEKFAC",
+    "TENGraD",
     "TKFAC",
     "AdaptiveKLLimit",
     "Approximation",
@@ -44,6 +48,7 @@ __all__ = [
     "ExactFisher",
     "ExactQuadraticModel",
     "Gaussian",
+    "JointWoodbury",
     "KLLimit",
     "LevenbergMarquardt",
     "Likelihood",
@@ -52,5 +57,6 @@ __all__ = [
     "StepSize",
     "TKFACExact",
     "TraceDamping",
+    "Woodbury",
     "fisher",
 ]

@@ -48,6 +48,10 @@ def spectral(*groups: int) -> Spectral:
     return Spectral(orthogonal(*groups, size=OUT), orthogonal(*groups, size=IN), torch.rand(*groups, OUT, IN) + 0.1)
 
 
+def low_rank(*groups: int, n: int = 3, t: int = 1) -> LowRank:
+    return LowRank(torch.randn(*groups, n, t, IN), torch.randn(*groups, n, t, OUT), torch.tensor(2.0 * n))
+
+
 MATRICES: dict[str, Callable[..., Matrix]] = {
     "Dense": lambda *groups: Dense(psd(*groups, size=OUT * IN), (OUT, IN)),
     "Diagonal": lambda *groups: Diagonal(torch.rand(*groups, OUT, IN) + 0.1),
@@ -60,7 +64,8 @@ MATRICES: dict[str, Callable[..., Matrix]] = {
     "Spectral-Relative": lambda *groups: Spectral(
         orthogonal(*groups, size=OUT), orthogonal(*groups, size=IN), torch.rand(*groups, OUT, IN), Relative()
     ),
-    "LowRank": lambda *groups: LowRank(torch.randn(*groups, 3, OUT, IN)),
+    "LowRank": lambda *groups: low_rank(*groups),
+    "LowRank-shared": lambda *groups: low_rank(*groups, t=4),
     "Grouped": lambda *groups: Grouped(kronecker(3)),
 }
 every_matrix = pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES.keys())
@@ -253,7 +258,7 @@ def test_huge_and_tiny_factors_in_float32(size: float) -> None:
         Kronecker(torch.eye(OUT), torch.zeros(IN, IN), Unit()),
         Diagonal(torch.zeros(OUT, IN)),
         Spectral(torch.eye(OUT), torch.eye(IN), torch.zeros(OUT, IN)),
-        LowRank(torch.ones(2, OUT, IN)),
+        LowRank(torch.ones(2, 1, IN), torch.ones(2, 1, OUT), torch.tensor(2.0)),
     ],
     ids=lambda matrix: type(matrix).__name__,
 )
@@ -376,7 +381,7 @@ def test_effective_rank_counts_equal_eigenvalues() -> None:
 
 @pytest.mark.parametrize("n", [1, 3, 60])
 def test_woodbury_is_the_dense_solve_for_few_and_for_many_rows(n: int) -> None:
-    matrix = LowRank(torch.randn(n, OUT, IN))
+    matrix = low_rank(n=n)
     assert_equal(matrix.inverse(0.01).dense(), (matrix.dense() + 0.01 * torch.eye(OUT * IN)).inverse(), 1e-8)
 
 

@@ -8,24 +8,29 @@ from natgrad.fishers.exact import ExactFisher
 from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_capture, as_samples, pool
 from natgrad.fishers.tekfac import TEKFAC
+from natgrad.fishers.tengrad import TENGraD
 from natgrad.fishers.tkfac import TKFAC, TKFACExact
+from natgrad.fishers.woodbury import JointWoodbury, Woodbury
 
 __all__ = [
     "EKFAC",
     "KFAC",
     "TEKFAC",
+    "TENGraD",
     "TKFAC",
     "Approximation",
     "Coupled",
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
+    "JointWoodbury",
     "Mean",
     "Part",
     "Samples",
     "Statistic",
     "Stats",
     "TKFACExact",
+    "Woodbury",
     "as_capture",
     "as_samples",
     "pool",

@@ -7,7 +7,7 @@ from natgrad.matrix.dense import Dense
 from natgrad.matrix.diagonal import Diagonal
 from natgrad.matrix.factorise import FactorisationError
 from natgrad.matrix.kronecker import Kronecker
-from natgrad.matrix.low_rank import LowRank
+from natgrad.matrix.low_rank import JointInverse, LowRank
 from natgrad.matrix.spectral import Spectral
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "FactorisationError",
     "Factored",
     "Grouped",
+    "JointInverse",
     "Kronecker",
     "LinearMap",
     "LowRank",
