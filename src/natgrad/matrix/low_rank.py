@@ -56,8 +56,8 @@ class LowRank(Matrix):
     def inverse(self, damping: float) -> LowRankInverse:
         """(F + damping I)^-1 by Woodbury's identity: n^2 (in + out) + n^3 / 3 flops if t = 1; damping > 0.
 
-        Where ``damping`` is so small beside the mean eigenvalue of the Gram matrix that the rounding of ``a``, ``g``
-        and M would take over, it is raised to 8 eps tr(K) / (n count); eps is that of the dtype of ``a``.
+        A ``damping`` that is so small beside the mean eigenvalue tr(K) / n of the Gram matrix that rounding would take
+        over is raised to max(8 eps, n^2 eps64) tr(K) / (n count), with the eps of the dtype of ``a`` and of float64.
         """
         return LowRankInverse(self.a, self.g, self.count, *_factorised(self.gram(), self, damping))
 
@@ -136,7 +136,8 @@ def _factorised(K: Tensor, like: LowRank, damping: float) -> tuple[Tensor, Tenso
     if check_damping(damping) == 0:
         raise FactorisationError("a low-rank matrix is singular: give a damping > 0")
     count = torch.as_tensor(like.seen.count).double()
-    floor = 8 * torch.finfo(like.a.dtype).eps * K.diagonal(dim1=-2, dim2=-1).mean(-1) / count
+    rounding = max(8 * torch.finfo(like.a.dtype).eps, K.shape[-1] ** 2 * torch.finfo(K.dtype).eps)
+    floor = rounding * K.diagonal(dim1=-2, dim2=-1).mean(-1) / count
     held = floor.clamp(min=damping)
     return cholesky(K, held * count), held
 
