@@ -33,8 +33,10 @@ from natgrad import (
     ExactFisher,
     KLLimit,
     NaturalGradient,
+    TENGraD,
+    Woodbury,
 )
-from natgrad.matrix import Factored, Kronecker, Spectral, Tikhonov
+from natgrad.matrix import Factored, Kronecker, LowRank, Spectral, Tikhonov
 from natgrad.matrix.damping import SpectralRule
 
 HERE = Path(__file__).parent / "pictures"
@@ -167,6 +169,56 @@ def tekfac() -> Figure:
     return corrected(TKFAC(), TEKFAC(), ("TKFAC", "TEKFAC"))
 
 
+def of_examples(model: nn.Module, x: Tensor, y: Tensor, approximation: Approximation, name: str) -> LowRank:
+    """A layer's Fisher of a few examples with their own labels, in the form that knows their Gram matrix."""
+    found = natgrad.fisher(model, approximation, Categorical(), [(x, y)], estimator="empirical")[name]
+    assert isinstance(found, LowRank)
+    return found
+
+
+def gram_of(axes: Axes, found: LowRank, top: float, title: str) -> None:
+    """The Gram matrix of the examples."""
+    axes.imshow(found.gram(), cmap="RdBu_r", norm=SymLogNorm(top / 100, vmin=-top, vmax=top), interpolation="nearest")
+    axes.set(title=title, xticks=[], yticks=[])
+
+
+def woodbury() -> Figure:
+    """The same matrix in the space of the examples and in that of the weights."""
+    figure, axes = panels(3)
+    x, y = digits()
+    order = y[:30].argsort()
+    found = of_examples(trained(), x[:30][order], y[:30][order], Woodbury(), LAYER)
+    K, F = found.gram(), found.dense()
+    gram_of(axes[0], found, float(K.abs().max()), "K of 30 digits, by class")
+    heat(axes[1], F, "F of the same digits")
+    axes[2].semilogy(torch.linalg.eigvalsh(F).flip(0)[:30].clamp(min=1e-9), "o", color=PALE, mfc="none", label="F")
+    axes[2].semilogy(torch.linalg.eigvalsh(K / 30).flip(0).clamp(min=1e-9), ".", color=INK, label="K / 30")
+    axes[2].set(title="largest eigenvalues", xlabel="rank")
+    axes[2].legend()
+    return figure
+
+
+def tengrad() -> Figure:
+    """The Gram matrix of a convolution, from all pairs of positions and from sums over positions."""
+    figure, axes = panels(3)
+    data = load_digits()
+    y = torch.tensor(data.target[:30])
+    order = y.argsort()
+    x = torch.tensor(data.images[:30]).unsqueeze(1)[order] / 16
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10)).double()
+    exact_, summed = (of_examples(model, x, y[order], make(), "0") for make in (Woodbury, TENGraD))
+    K, S = exact_.gram(), summed.gram()
+    top = float(K.abs().max())
+    gram_of(axes[0], exact_, top, "K of a convolution, 30 digits")
+    gram_of(axes[1], summed, top, f"TENGraD: error {float((K - S).norm() / K.norm()):.2f}")
+    axes[2].loglog(K.diagonal(), S.diagonal(), ".", color=INK)
+    ends = [float(K.diagonal().min()), float(K.diagonal().max())]
+    axes[2].loglog(ends, ends, color=PALE)
+    axes[2].set(title="$|DW_n|^2$", xlabel="exact", ylabel="TENGraD")
+    return figure
+
+
 def damping() -> Figure:
     """What the two rules add to EKFAC's eigenvalues, at one damping."""
     figure, axes = panels(2)
@@ -183,7 +235,18 @@ def damping() -> Figure:
     return figure
 
 
-PICTURES: tuple[Callable[[], Figure], ...] = (overview, exact, diagonal, kfac, ekfac, tkfac, tekfac, damping)
+PICTURES: tuple[Callable[[], Figure], ...] = (
+    overview,
+    exact,
+    diagonal,
+    kfac,
+    ekfac,
+    tkfac,
+    tekfac,
+    woodbury,
+    tengrad,
+    damping,
+)
 
 
 def main() -> None:

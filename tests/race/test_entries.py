@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import natgrad
 from natgrad.race.entries import ENTRIES, find, with_policies
 from natgrad.race.run import Rules, run
 from natgrad.race.tasks import Task
@@ -55,3 +56,9 @@ def test_a_policy_in_brackets_names_a_variant() -> None:
 def test_an_unknown_name_says_what_there_is(name: str) -> None:
     with pytest.raises(ValueError, match="there are"):
         find(name)
+
+
+def test_an_entry_may_have_a_policy_of_its_own_which_brackets_override(tiny: Task) -> None:
+    for name, policy in (("woodbury", natgrad.KLLimit), ("woodbury[constant]", natgrad.Constant)):
+        entry = find(name)
+        assert isinstance(entry.build(tiny.model(tiny.data(None)), tiny, entry.defaults).step_size, policy)

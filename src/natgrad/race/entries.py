@@ -129,11 +129,14 @@ POLICIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def natural(approximation: Callable[[], Any]) -> Callable[[nn.Module, Task, Settings], Any]:
-    """Natural gradient with one approximation; `step_size` may be a name of `POLICIES`, or "default"."""
+def natural(approximation: Callable[[], Any], **own: Any) -> Callable[[nn.Module, Task, Settings], Any]:
+    """Natural gradient with one approximation; `step_size` may be a name of `POLICIES`, or "default".
+
+    `own` are settings that suit the approximation better than the defaults of the library.
+    """
 
     def build(model: nn.Module, task: Task, settings: Settings) -> Any:
-        rest = dict(settings)
+        rest = {**own, **settings}
         policy = rest.pop("step_size", "default")
         if policy != "default":
             rest["step_size"] = POLICIES[policy]() if isinstance(policy, str) else policy
@@ -214,6 +217,9 @@ ENTRIES = {
         Entry("ekfac", natural(lambda: natgrad.EKFAC()), _natural_space, natural=True),
         Entry("tkfac", natural(lambda: natgrad.TKFAC()), _natural_space, natural=True),
         Entry("tekfac", natural(lambda: natgrad.TEKFAC()), _natural_space, natural=True),
+        Entry("woodbury", natural(lambda: natgrad.Woodbury(), step_size="kl"), _natural_space, natural=True),
+        Entry("woodbury-joint", natural(lambda: natgrad.JointWoodbury(), step_size="kl"), _natural_space, natural=True),
+        Entry("tengrad", natural(lambda: natgrad.TENGraD(), step_size="kl"), _natural_space, natural=True),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
     )
 }
