@@ -18,6 +18,7 @@ from natgrad import (
     Categorical,
     Constant,
     ExactFisher,
+    JointFisher,
     JointWoodbury,
     KLLimit,
     NaturalGradient,
@@ -75,21 +76,23 @@ def _first(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias[None]
 
 
-def test_law_17_the_joint_step_is_the_dense_solve_of_the_whole_model() -> None:
+@pytest.mark.parametrize("make", [JointWoodbury, JointFisher])
+def test_law_17_the_joint_step_is_the_dense_solve_of_the_whole_model(make: Any) -> None:
     model, (x, y) = covered(), images()
     U = flat(per_example_gradients(model, F.cross_entropy, x, y))
-    M, D = moved(model, (x, y), approximation=JointWoodbury())
+    M, D = moved(model, (x, y), approximation=make())
     assert_equal(D, torch.linalg.solve(U.mT @ U / len(x) + DAMPING * torch.eye(len(M)), M))
 
 
-def test_law_17_the_joint_step_on_all_labels_solves_the_gauss_newton_matrix_of_the_whole_model() -> None:
+@pytest.mark.parametrize("make", [JointWoodbury, JointFisher])
+def test_law_17_the_joint_step_on_all_labels_solves_the_gauss_newton_matrix_of_the_whole_model(make: Any) -> None:
     model, (x, y) = covered(), images()
     J = flat(jacobians(model, x))
     with torch.no_grad():
         p = model(x).softmax(-1)
     H = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p)) / len(x)
     settings = {"likelihood": Categorical(), "estimator": "exact"}
-    M, D = moved(model, (x, y), approximation=JointWoodbury(), **settings)
+    M, D = moved(model, (x, y), approximation=make(), **settings)
     assert_equal(D, torch.linalg.solve(J.mT @ H @ J + DAMPING * torch.eye(len(M)), M))
 
 
@@ -102,9 +105,10 @@ def test_the_joint_step_is_not_the_step_per_layer() -> None:
     assert (joint - alone).norm() > 0.05 * alone.norm()
 
 
+@pytest.mark.parametrize("pair", [(Woodbury, ExactFisher), (JointWoodbury, JointFisher)], ids=["layer", "network"])
 @pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
 @pytest.mark.parametrize("step_size", [Constant(), KLLimit()], ids=lambda policy: type(policy).__name__)
-def test_steps_are_those_of_the_exact_fisher_of_the_same_examples(estimator: Any, step_size: Any) -> None:
+def test_steps_are_those_of_the_exact_fisher_of_the_same_examples(pair: Any, estimator: Any, step_size: Any) -> None:
     settings = {
         **ONCE,
         "step_size": step_size,
@@ -118,9 +122,9 @@ def test_steps_are_those_of_the_exact_fisher_of_the_same_examples(estimator: Any
     start, batches = model.state_dict(), [images() for _ in range(5)]
     start = {name: value.clone() for name, value in start.items()}
     ends = []
-    for approximation in (Woodbury(), ExactFisher()):
+    for make in pair:
         model.load_state_dict(start)
-        train(model, NaturalGradient(model, approximation, **settings), batches)
+        train(model, NaturalGradient(model, make(), **settings), batches)
         ends.append(values(model))
     assert not same(ends[0], list(start.values()))
     for found, expected in zip(*ends, strict=True):
@@ -177,7 +181,8 @@ def test_a_batch_without_loss_terms_leaves_the_plain_gradient() -> None:
 # The optimizer's own promises.
 
 
-ALL = [Woodbury(), Woodbury(window=2), JointWoodbury(), JointWoodbury(window=2), TENGraD()]
+GRAM = [Woodbury(), Woodbury(window=2), JointWoodbury(), JointWoodbury(window=2), TENGraD()]
+ALL = [*GRAM, JointFisher()]
 
 
 @pytest.mark.parametrize("approximation", ALL, ids=repr)
@@ -196,13 +201,13 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(approximation: Approxi
     assert same(run(batches_of(), BREAKS, **settings), run(batches_of(), **settings))
 
 
-@pytest.mark.parametrize("approximation", ALL, ids=repr)
+@pytest.mark.parametrize("approximation", GRAM, ids=repr)
 def test_products_in_low_precision_are_refused_quietly(approximation: Approximation) -> None:
     settings: dict[str, Any] = {"approximation": approximation, "step_size": KLLimit()}
     assert same(*(run(batches_of(), precision=p, **settings) for p in ("auto", torch.bfloat16)))
 
 
-@pytest.mark.parametrize("approximation", ALL, ids=repr)
+@pytest.mark.parametrize("approximation", GRAM, ids=repr)
 def test_an_inverse_without_damping_is_refused(approximation: Approximation) -> None:
     matrix = approximation.assemble(approximation.merge(None, approximation.observe(random_capture(0)), 0.0))
     with pytest.raises(FactorisationError, match="give a damping > 0"):
@@ -284,3 +289,36 @@ def test_a_gradient_that_a_layer_lacks_is_0() -> None:
     assert list(some) == ["c", "a"]
     for name, block_ in some.items():
         assert_equal(block_, full[name])
+
+
+def test_the_dense_fisher_of_a_network_averages_over_time() -> None:
+    approximation = JointFisher()
+    names, batches = "ab", [{name: [random_capture(5 * k + ord(name), n=9)] for name in "ab"} for k in range(2)]
+    old, new = (approximation.observe_together(seen) for seen in batches)
+    merged = {name: approximation.merge(old[name], new[name], 0.7) for name in names}
+    inverse = approximation.invert(approximation.assemble(merged["a"]), 0.1)
+    M = {name: torch.randn(6, 8) for name in names}
+    U = [torch.cat([next(seen[name][0].weight_gradients()).flatten(1) for name in names], 1) for seen in batches]
+    F_ = 0.7 * U[0].mT @ U[0] / 9 + 0.3 * U[1].mT @ U[1] / 9
+    expected = torch.linalg.solve(F_ + 0.1 * torch.eye(96), torch.cat([M[name].flatten() for name in names]))
+    joint = approximation.couple({name: Part(stats, inverse, 0.1) for name, stats in merged.items()})
+    assert_equal(torch.cat([block_.flatten() for block_ in (joint @ M).values()]), expected, 1e-8)
+    with_zeros = joint @ {"a": torch.zeros(6, 8), "b": M["b"]}
+    assert_equal((joint @ {"b": M["b"]})["b"], with_zeros["b"])
+
+
+def test_a_network_too_large_for_a_dense_fisher_is_refused_by_name() -> None:
+    for limit in (30, 40):  # layers of 36 and 21 weights: too many in one, too many together
+        with pytest.raises(ValueError, match=f"weights or more, above limit={limit}; use JointWoodbury"):
+            train(model := network(), optimizer_of(model, JointFisher(limit)), batches_of()[:1])
+
+
+def test_a_dense_fisher_of_layers_that_cannot_be_matched_is_refused() -> None:
+    model = Tokens()
+    with pytest.raises(ValueError, match="layers saw examples that cannot be matched"):
+        train(model, NaturalGradient(model, JointFisher(), **ONCE), [(torch.randn(6, 5, 4), torch.randint(2, (6,)))])
+    approximation = JointFisher()
+    seen = {name: [random_capture(ord(name), n=9)] for name in "ab"}
+    both, one = approximation.observe_together(seen), approximation.observe_together({"a": seen["a"]})
+    with pytest.raises(ValueError, match="not the same layers took part"):
+        approximation.merge(both["a"], one["a"], 0.5)

@@ -5,6 +5,7 @@ from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
 from natgrad.fishers.exact import ExactFisher
+from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_capture, as_samples, pool
 from natgrad.fishers.tekfac import TEKFAC
@@ -23,6 +24,7 @@ __all__ = [
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
+    "JointFisher",
     "JointWoodbury",
     "Mean",
     "Part",
