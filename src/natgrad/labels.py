@@ -34,6 +34,7 @@ class Labels:
     targets: Tensor | None = None
     generator: torch.Generator | None = None
     capacity: float = 1.0
+    scale: float = 1.0
 
     def reseed(self, seed: int) -> None:
         """Start the stream of random labels anew; on a CPU a batch draws the same labels whole or in parts."""
@@ -45,7 +46,7 @@ class Labels:
 
     def terms(self, output: Tensor) -> Tensor | float:
         """What each loss term (n, terms) counts, or the number of terms of one example if all count 1."""
-        self.capacity = self.likelihood.capacity(output)
+        self.capacity, self.scale = self.likelihood.capacity(output), self.likelihood.scale(output)
         weights = self.likelihood.counted(output, self.targets)
         return float(self.likelihood.events(output).shape[1]) if weights is None else weights
 

@@ -287,6 +287,25 @@ def test_levenberg_marquardt_lowers_damping_where_the_model_is_right_and_raises_
     assert ConstantDamping(0.3).rejected(0.3) == 0.3
 
 
+@pytest.mark.parametrize("approximation", [KFAC, TKFAC, TEKFAC])
+def test_the_default_steps_do_not_depend_on_the_scale_of_the_loss(approximation: Any) -> None:
+    runs = []
+    sum_and_mean = (natgrad.Gaussian(), 0.5), (natgrad.Gaussian(reduction="mean"), 1 / 4)
+    for likelihood, scale in sum_and_mean:  # half the squared error, and torch's mean over 4 outputs
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+        optimizer = optimizer_of(model, approximation(), likelihood=likelihood)
+        for step in range(12):
+            x, _ = batch(step, n=30)
+            optimizer.zero_grad()
+            (scale * (model(x) - x[:, :4].sin()).square().sum(1).mean()).backward()
+            optimizer.step()
+        runs.append((values(model), optimizer.statistics()["damping"]))
+    assert runs[1][1] == pytest.approx(0.5 * runs[0][1])
+    for found, expected in zip(runs[1][0], runs[0][0], strict=True):
+        assert_equal(found, expected, 1e-5)  # the scalars are read in single precision
+
+
 def convolutional() -> nn.Sequential:
     torch.manual_seed(5)
     convolutions = nn.Conv1d(1, 3, 2), nn.Tanh(), nn.Conv1d(3, 2, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,11 @@ class LevenbergMarquardt:
     steps with ``decay``; one counts for at most the opposite of what was predicted. A step that had to be taken back
     raises lambda at once, by two such changes.
 
-    lambda stays in [``minimum``, ``maximum``]; the unit is that of F, the loss per squared parameter.
+    lambda stays in [``minimum``, ``maximum``], in units of the negative log-likelihood per squared parameter: for a
+    loss that is s times that (a mean over outputs) F is damped by s lambda, so that the steps do not depend on s.
     """
+
+    of_likelihood: ClassVar[bool] = True  # or of the loss
 
     initial: float = 0.005
     factor: float = 0.95
@@ -51,7 +55,9 @@ class LevenbergMarquardt:
 
 @dataclass(frozen=True)
 class ConstantDamping:
-    """The same lambda at every step."""
+    """The same lambda at every step, in units of the loss per squared parameter."""
+
+    of_likelihood: ClassVar[bool] = False
 
     initial: float
     every: int = 1

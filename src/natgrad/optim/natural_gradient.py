@@ -161,6 +161,7 @@ class NaturalGradient(torch.optim.Optimizer):
             **{name: float(value) for name, value in self._clock.items() if name != "memory"},
             **self._clock["memory"],
             **self._report,
+            "damping": self._damping,
             "gradient_norm": _norm(gradients),
             "direction_norm": _norm(directions),
             "retries": float(sum(c.retries for c in self._now.values())),
@@ -227,7 +228,7 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         if names:
             products |= {"slope": directions.slope(), "drift": directions.drift()}
-            products |= self.step_size.products(directions, self._clock["damping"], self._clock["memory"])
+            products |= self.step_size.products(directions, self._damping, self._clock["memory"])
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):
             return None
@@ -241,7 +242,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
         state = self._now or self._curvature.empty()
-        advanced = self._curvature.advance(state, records, self.steps, self._clock["damping"])
+        advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
         return advanced
@@ -259,7 +260,7 @@ class NaturalGradient(torch.optim.Optimizer):
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels)
         if layers:
-            directions = self.step_size.prepare(directions, self._clock["damping"], self._clock["memory"])
+            directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares = [rates[id(layer.parameters[0])] / lr if lr else 1.0 for layer in layers.values()]
         return (directions if all(share == 1.0 for share in shares) else directions.scaled(shares)), lr
 
@@ -306,6 +307,12 @@ class NaturalGradient(torch.optim.Optimizer):
                 parameter.add_(move, alpha=-lr)
 
     # Helpers.
+
+    @property
+    def _damping(self) -> float:
+        """lambda in the units of the loss, which may be a multiple of the negative log-likelihood."""
+        scaled = self._engine.labels is not None and self.damping.of_likelihood
+        return self._clock["damping"] * (self._engine.labels.scale if scaled and self._engine.labels else 1.0)
 
     @property
     def _clock(self) -> dict[str, Any]:
