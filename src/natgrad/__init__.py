@@ -3,7 +3,9 @@
 from natgrad.fisher import fisher
 from natgrad.fishers import (
     EKFAC,
+    FOOF,
     KFAC,
+    SNGD,
     TEKFAC,
     TKFAC,
     Approximation,
@@ -12,8 +14,10 @@ from natgrad.fishers import (
     ExactFisher,
     JointFisher,
     JointWoodbury,
+    NGPlus,
     TENGraD,
     TKFACExact,
+    UnitWise,
     Woodbury,
 )
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -29,12 +33,15 @@ from natgrad.optim import (
     StepSize,
     TraceDamping,
 )
+from natgrad.reconstruction import reconstruct, refresh, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
+    "FOOF",
     "KFAC",
+    "SNGD",
     "TEKFAC",
     "TENGraD",
     "TKFAC",
@@ -54,11 +61,16 @@ __all__ = [
     "KLLimit",
     "LevenbergMarquardt",
     "Likelihood",
+    "NGPlus",
     "NaturalGradient",
     "QuadraticModel",
     "StepSize",
     "TKFACExact",
     "TraceDamping",
+    "UnitWise",
     "Woodbury",
     "fisher",
+    "reconstruct",
+    "refresh",
+    "restore",
 ]

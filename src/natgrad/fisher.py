@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -64,16 +65,21 @@ def fisher(
     labels = Labels(likelihood, estimator, draws)
     if approximation.corrects and isinstance(batches, Iterator):
         batches = list(batches)
-    engine = Engine(model, layers.values(), labels, only_training=False)
+    with evaluating(model), closing(Engine(model, layers.values(), labels, only_training=False)) as engine:
+        matrices = _estimate(engine, model, approximation, batches, layers, weight_sharing, seed)
+    return Blocks({name: Grouped(M) if len(M.shape) == 3 else M for name, M in matrices.items()})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in ``eval()`` mode; afterwards every module is in its own mode again."""
     was_training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        matrices = _estimate(engine, model, approximation, batches, layers, weight_sharing, seed)
+        yield
     finally:
-        engine.close()
         for module, training in was_training.items():
             module.training = training
-    return Blocks({name: Grouped(M) if len(M.shape) == 3 else M for name, M in matrices.items()})
 
 
 def _estimate(
@@ -86,7 +92,7 @@ def _estimate(
     seed: int,
 ) -> dict[str, Matrix]:
     stats: dict[str, Stats] = {}
-    for layer, seen in _passes(engine, model, batches, layers, sharing, seed):
+    for layer, seen in passes(engine, model, batches, layers, sharing, seed):
         here = pool(approximation.observe(capture) for capture in seen)
         stats[layer.name] = pool([stats[layer.name], here]) if layer.name in stats else here
     if not stats:
@@ -95,7 +101,7 @@ def _estimate(
     matrices = {name: approximation.assemble(kept) for name, kept in merged.items()}
     if approximation.corrects:
         total = dict.fromkeys(matrices, 0.0)
-        for layer, seen in _passes(engine, model, batches, layers, "expand", seed):  # eigenvalues are those of F
+        for layer, seen in passes(engine, model, batches, layers, "expand", seed):  # eigenvalues are those of F
             weight = sum(float(capture.count) for capture in seen)
             total[layer.name] += weight
             decay = 1 - weight / total[layer.name] if weight else 1.0
@@ -103,7 +109,7 @@ def _estimate(
     return matrices
 
 
-def _passes(
+def passes(
     engine: Engine,
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]],
@@ -118,7 +124,7 @@ def _passes(
         engine.labels.targets = targets
         engine.armed = True
         with torch.enable_grad():
-            _call(model, inputs)
+            call(model, inputs)
         engine.armed = False
         for record in engine.everything():
             for layer in layers.values():
@@ -127,7 +133,8 @@ def _passes(
                     yield layer, seen
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model at a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)

@@ -2,12 +2,15 @@
 
 from natgrad.matrix.base import LinearMap, Matrix
 from natgrad.matrix.blocks import Blocks, Grouped, NetworkMap
-from natgrad.matrix.damping import Factored, Relative, Tikhonov, Unit
+from natgrad.matrix.damping import Factored, Relative, Ridge, Tikhonov, Unit
 from natgrad.matrix.dense import Dense
 from natgrad.matrix.diagonal import Diagonal
 from natgrad.matrix.factorise import FactorisationError
 from natgrad.matrix.kronecker import Kronecker
 from natgrad.matrix.low_rank import JointInverse, LowRank
+from natgrad.matrix.one_sided import OneSided
+from natgrad.matrix.roots import Nystrom, Root, denman_beavers, eigh_root, inverse_roots, newton_schulz
+from natgrad.matrix.rows import Rows
 from natgrad.matrix.spectral import Spectral
 
 __all__ = [
@@ -23,8 +26,17 @@ __all__ = [
     "LowRank",
     "Matrix",
     "NetworkMap",
+    "Nystrom",
+    "OneSided",
     "Relative",
+    "Ridge",
+    "Root",
+    "Rows",
     "Spectral",
     "Tikhonov",
     "Unit",
+    "denman_beavers",
+    "eigh_root",
+    "inverse_roots",
+    "newton_schulz",
 ]

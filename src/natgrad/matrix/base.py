@@ -56,8 +56,8 @@ class Matrix(LinearMap):
         """The trace, of shape (*groups)."""
 
 
-def check_damping(damping: float) -> float:
+def check_damping(damping: float, name: str = "damping") -> float:
     """The damping itself if it is a finite number of at least 0, else a ``ValueError``."""
     if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")
+        raise ValueError(f"{name} must be a finite number >= 0, got {damping!r}")
     return damping

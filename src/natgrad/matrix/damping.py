@@ -6,13 +6,15 @@ A rule is a value that a matrix carries; ``matrix.inverse(damping)`` follows it.
 * :class:`Factored`: (G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1 (Martens and Grosse 2015, section 6.3);
   it equals (F + pi sqrt(lambda) G kron I + sqrt(lambda)/pi I kron A + lambda I)^-1.
 * :class:`Unit`: the same with pi = 1, TKFAC's "normal" damping (Gao et al. 2021, eq. 5.14-5.15).
-* :class:`Relative`: any of them with lambda times the mean eigenvalue of the block (TEKFAC eq. 3.4-3.5 at lambda = 1).
+* :class:`Ridge`: (G + lambda tr(G) I)^-1 kron (A + lambda tr(A) I)^-1.
+* :class:`Relative`: one of the first three with lambda times the mean eigenvalue of the block (TEKFAC eq. 3.4-3.5 at
+  lambda = 1).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +41,14 @@ class KroneckerRule(Protocol):
         """The damped inverse of ``matrix``."""
 
 
+@runtime_checkable
+class FactoredRule(KroneckerRule, Protocol):
+    """A rule that adds a multiple of the identity to each factor."""
+
+    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+        """What is added to the eigenvalues of the left and of the right factor, (*groups) each."""
+
+
 @dataclass(frozen=True)
 class Tikhonov:
     """(F + lambda I)^-1, through the eigenbasis."""
@@ -58,7 +68,12 @@ class Factored:
 
     def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
         """(G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1."""
-        return _invert(matrix, self.ratio(matrix), damping)
+        return _invert(matrix, self.shifts(matrix, damping))
+
+    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+        """sqrt(lambda)/pi and pi sqrt(lambda)."""
+        root, pi = check_damping(damping) ** 0.5, self.ratio(matrix)
+        return root / pi, root * pi
 
     def shift(self, values: Tensor, damping: float) -> Tensor:
         """The same cross terms on the Kronecker product g a^T with the row and column sums of ``values``."""
@@ -78,7 +93,26 @@ class Unit:
 
     def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
         """(G + sqrt(lambda) I)^-1 kron (A + sqrt(lambda) I)^-1."""
-        return _invert(matrix, torch.ones_like(matrix.trace()), damping)
+        return _invert(matrix, self.shifts(matrix, damping))
+
+    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+        """sqrt(lambda), twice."""
+        root = torch.full_like(matrix.trace(), check_damping(damping) ** 0.5)
+        return root, root
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """lambda times its own trace on each factor: a number without a unit, of the order of 1e-4."""
+
+    def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
+        """(G + lambda tr(G) I)^-1 kron (A + lambda tr(A) I)^-1."""
+        return _invert(matrix, self.shifts(matrix, damping))
+
+    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+        """lambda tr(G) and lambda tr(A)."""
+        left, right = (X.shape[-1] * _mean_eigenvalue(X) for X in (matrix.left, matrix.right))
+        return check_damping(damping) * left, damping * right
 
 
 @dataclass(frozen=True)
@@ -98,9 +132,8 @@ class Relative:
         return self.rule.invert(matrix, check_damping(damping) * scale)
 
 
-def _invert(matrix: Kronecker, pi: Tensor, damping: float) -> Kronecker:
-    root = check_damping(damping) ** 0.5
-    left, right = cholesky_inverse(matrix.left, root / pi), cholesky_inverse(matrix.right, root * pi)
+def _invert(matrix: Kronecker, shifts: tuple[Tensor, Tensor]) -> Kronecker:
+    left, right = (cholesky_inverse(*pair) for pair in zip((matrix.left, matrix.right), shifts, strict=True))
     return type(matrix)(left, right, rule=matrix.rule)
 
 

@@ -1,0 +1,168 @@
+"""The local Fisher layer: S in W = S W', as a parametrization of the layer's weight and bias."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from natgrad.fishers import Mean, Stats
+from natgrad.layers import Adapter, Layer
+from natgrad.layers.base import with_ones
+from natgrad.matrix import Kronecker, OneSided, Rows
+from natgrad.reconstruction.metric import Metric, Settings
+
+
+@dataclass(frozen=True)
+class Reconstructed(Adapter):
+    """The adapter of a reconstructed layer: its block is W'. The plain ``inner`` one sees no bias parameter there."""
+
+    inner: Adapter
+    biased: bool
+
+    def has_bias(self, module: nn.Module) -> bool:
+        """Whether the block has a bias column."""
+        return self.biased
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parts of W'."""
+        return [chain.original for chain in chains(module, self.biased).values()]  # type: ignore[misc]
+
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
+        """As of the plain layer."""
+        return self.inner.batched(module, x)
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """As of the plain layer."""
+        return with_ones(self.inner.inputs(module, x), self.biased)
+
+    def outputs(self, module: nn.Module, y: Tensor) -> Tensor:
+        """As of the plain layer."""
+        return self.inner.outputs(module, y)
+
+    def pack(self, module: nn.Module, tensors: list[Tensor]) -> Tensor:
+        """As of the plain layer."""
+        return self.inner.pack(module, tensors)
+
+    def unpack(self, module: nn.Module, block: Tensor) -> list[Tensor]:
+        """As of the plain layer."""
+        if not self.biased:
+            return self.inner.unpack(module, block)
+        return [*self.inner.unpack(module, block[..., :-1]), block[..., -1].flatten()]
+
+    def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
+        """As of the plain layer."""
+        return self.inner.forward(module, tensors, x)
+
+
+class FisherLayer(nn.Module):
+    """The local Fisher layer: the parametrization of a layer's weight as S W', S in buffers. The bias is a column."""
+
+    observations: Tensor
+
+    def __init__(self, layer: Layer, settings: Settings, metric: Metric) -> None:
+        super().__init__()
+        self.settings, self.order = settings, tuple(layer.module._parameters)
+        self.biased = layer.adapter.has_bias(layer.module)
+        self.layer = replace(layer, adapter=Reconstructed(layer.adapter, self.biased))
+        self.register_buffer("observations", torch.tensor(0))
+        self.metric = metric
+
+    @property
+    def metric(self) -> Metric:
+        """S, S^-1 and the statistics, from the buffers."""
+        S, inverse, stats = (
+            {name: getattr(self, f"{part}_{name}") for name in names} for part, names in self._names.items()
+        )
+        shell = self._shell
+        means: Stats = {name: Mean(value) for name, value in stats.items()}
+        return Metric(shell.S.with_tensors(S), shell.inverse.with_tensors(inverse), means)
+
+    @metric.setter
+    def metric(self, metric: Metric) -> None:
+        stats = {name: mean.value for name, mean in metric.stats.items() if isinstance(mean, Mean)}
+        parts = {"S": metric.S.tensors(), "inverse": metric.inverse.tensors(), "mean": stats}
+        for part, tensors in parts.items():
+            for name, value in tensors.items():
+                self.register_buffer(f"{part}_{name}", value)
+        self._names = {part: tuple(tensors) for part, tensors in parts.items()}
+        self._shell = replace(metric, S=metric.S.to("meta"), inverse=metric.inverse.to("meta"), stats={})
+        self.observations += 1
+
+    def chains(self) -> dict[str, parametrize.ParametrizationList]:
+        """The parametrizations of the weight, and of the bias."""
+        return chains(self.layer.module, self.biased)
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The weight."""
+        columns = self._columns(slice(None, -1) if self.biased else slice(None))
+        adapter = self.layer.adapter
+        assert isinstance(adapter, Reconstructed)
+        return adapter.inner.unpack(self.layer.module, columns)[0]
+
+    def bias(self) -> Tensor:
+        """The bias."""
+        return self._columns(slice(-1, None)).flatten()
+
+    def extra_repr(self) -> str:
+        """The approximation."""
+        return repr(self.settings.approximation)
+
+    def _columns(self, chosen: slice) -> Tensor:
+        """Some columns of S W', and of most maps no more than these."""
+        block = self.layer.pack(list(self.layer.parameters))
+        S = self.metric.S
+        with torch.autocast(block.device.type, enabled=False):
+            if isinstance(S, Kronecker):
+                return replace(S, right=S.right[..., chosen]) @ block
+            if isinstance(S, OneSided) and S.side == "right":
+                return replace(S, factor=S.factor[..., chosen]) @ block
+            if isinstance(S, Rows):
+                return replace(S, values=S.values[..., chosen]) @ block
+            return (S @ block)[..., chosen]
+
+
+class _Bias(nn.Module):
+    """The parametrization of the bias as the last column of S W'; the Fisher layer is the weight's."""
+
+    def __init__(self, fisher_layer: FisherLayer) -> None:
+        super().__init__()
+        self._owner = (fisher_layer,)  # a tuple, so that it is not a submodule here as well
+
+    def forward(self, original: Tensor) -> Tensor:
+        return self._owner[0].bias()
+
+
+def chains(module: nn.Module, biased: bool) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of a reconstructed layer's weight, and of its bias."""
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return {name: lists[name] for name in ("weight", "bias")[: 1 + biased]}  # type: ignore[misc]
+
+
+def fisher_layers_of(model: nn.Module) -> list[FisherLayer]:
+    """The Fisher layers in a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, FisherLayer)]
+
+
+def install(layer: Layer, settings: Settings, metric: Metric) -> None:
+    """Parametrize a layer whose parameters hold W' already; unchecked by torch, as weight and bias need each other."""
+    fisher_layer = FisherLayer(layer, settings, metric)
+    parametrize.register_parametrization(layer.module, "weight", fisher_layer, unsafe=True)
+    if fisher_layer.biased:
+        parametrize.register_parametrization(layer.module, "bias", _Bias(fisher_layer), unsafe=True)
+
+
+def uninstall(fisher_layer: FisherLayer) -> None:
+    """Take the parametrization off: the parameters stay as they are, in their old order."""
+    module = fisher_layer.layer.module
+    kind = type(module)  # deep copies share it, and torch deletes its properties
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = types.new_class(kind.__name__, kind.__bases__, exec_body=lambda space: space.update(own))
+    for name in fisher_layer.chains():
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for name in fisher_layer.order:
+        module._parameters[name] = module._parameters.pop(name)

@@ -1,0 +1,143 @@
+"""The three verbs: every layer is written as W = S W' with S = F~^(-1/2) a fixed map, the *local Fisher layer*.
+
+The gradient in W' is S M, so gradient descent on W' moves W by S S M = F~^-1 M; with momentum too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from natgrad.fishers import SNGD, Approximation
+from natgrad.labels import Estimator
+from natgrad.layers import cover
+from natgrad.likelihoods import Likelihood
+from natgrad.matrix import Root, eigh_root
+from natgrad.reconstruction.carry import carry, check_optimizer
+from natgrad.reconstruction.fisher_layer import fisher_layers_of, install, uninstall
+from natgrad.reconstruction.metric import Activations, Batches, Metric, Settings, gather
+
+Model = TypeVar("Model", bound=nn.Module)
+INPUTS = SNGD()
+
+
+def reconstruct(
+    model: Model,
+    batches: Batches,
+    approximation: Approximation = INPUTS,
+    *,
+    likelihood: Likelihood | None = None,
+    activations: Activations | None = None,
+    estimator: Estimator = "sampled",
+    damping: float = 0.0,
+    root: Root = eigh_root,
+    exclude: Iterable[str] = (),
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> Model:
+    """Write every covered layer as W = S W' with S S = (F~ + damping)^-1, so that SGD on W' is natural: in place.
+
+    The function stays, the parameters are the same objects with new values W' = S^-1 W, and the bias is the last column
+    of W. Steps of ``torch.optim.SGD``, momentum included, are those of ``approximation`` with S held fixed. Not so for
+    Adam, and weight decay on W' is decay in the norm of F~. Layers that the data do not reach stay as they are.
+
+    Args:
+        model: any module; layers without an adapter, frozen, tied or excluded ones stay as they are.
+        batches: (inputs, targets) pairs for the statistics, read once, in ``eval()`` mode.
+        approximation: the metric. ``SNGD()``: inputs only; ``KFAC(rule=Ridge())`` with ``damping=1e-4``: both sides;
+            ``UnitWise()``: one matrix per output; or any other whose matrix has a root.
+        likelihood: what the outputs mean; needed where the approximation reads output gradients.
+        activations: in its stead, functions by layer name: g is then the slope f'(s) of the layer's own activation (1
+            for layers that are not named), nothing is sent back, and every position is an example.
+        estimator: labels for ``likelihood``: ``"sampled"``, ``"exact"`` or ``"empirical"``.
+        damping: of the matrix, by its own rule; ``SNGD`` and ``UnitWise`` have a ridge besides.
+        root: how the roots are taken: ``eigh_root``, ``denman_beavers``, ``newton_schulz`` or ``Nystrom(rank)`` of
+            :mod:`natgrad.matrix`.
+        exclude: names of modules to leave as they are.
+        optimizer: an SGD that has momentum already, which is then carried over as by :func:`refresh`.
+        seed: of the sampled labels.
+
+    Cost: a forward pass of the batches (and a backward pass for ``likelihood``), one root per factor (memory 2 in^2
+    for ``SNGD``), and the product S W' in every forward pass, 2 out in^2 flops for ``SNGD``. References: SNGD, arXiv
+    2412.07441; whitened networks: Desjardins, Simonyan, Pascanu and Kavukcuoglu, arXiv 1507.00210.
+
+    Raises:
+        ValueError: if nothing is covered or reached, the model is reconstructed already, or the arguments do not fit.
+        FactorisationError: if a matrix is not positive definite. The model is left as it was.
+    """
+    settings = Settings(approximation, likelihood, activations, estimator, damping, root, seed)
+    if fisher_layers_of(model):
+        raise ValueError("the model is reconstructed already: refresh it, or restore it first")
+    layers = cover(model, exclude).layers
+    if not layers:
+        raise ValueError("the model has no layer that an adapter covers")
+    for layer in layers.values():
+        approximation.check(layer.name, layer.shape)
+    settings.check_names(layers)
+    check_optimizer(optimizer, layers.values())
+    new = {}
+    for name, stats in gather(model, batches, layers, settings, seed).items():
+        new[name] = Metric.of(name, approximation.merge(None, stats, 0.0), settings)
+    for name, metric in new.items():
+        carry(layers[name], None, metric, optimizer)
+        install(layers[name], settings, metric)
+    return model
+
+
+def refresh(
+    model: Model,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    decay: float = 0.95,
+    keep_velocity: bool = True,
+) -> Model:
+    """Renew S from new data, and keep the function and the velocity: W' <- S_new^-1 S W', as does the momentum of SGD.
+
+    Statistics are averaged with the old ones, whose weight is ``decay`` (less at first: min(1 - 1/k, decay) at the k-th
+    observation). Gradients that wait for a step are carried over too. ``optimizer`` is the SGD whose momentum is to
+    follow; with ``keep_velocity=False`` it starts at 0 instead. Layers that the data do not reach keep their metric.
+
+    Raises ``ValueError`` if the model is not reconstructed, ``TypeError`` for an optimizer that is not SGD, and
+    ``FactorisationError``; all leave the model as it was. Cost: that of :func:`reconstruct`.
+    """
+    fisher_layers = {fisher_layer.layer.name: fisher_layer for fisher_layer in fisher_layers_of(model)}
+    if not fisher_layers:
+        raise ValueError("the model is not reconstructed")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be a number >= 0 and < 1, got {decay!r}")
+    layers = {name: fisher_layer.layer for name, fisher_layer in fisher_layers.items()}
+    check_optimizer(optimizer, layers.values())
+    settings = next(iter(fisher_layers.values())).settings
+    k = max(int(fisher_layer.observations) for fisher_layer in fisher_layers.values())
+    new = {}
+    for name, stats in gather(model, batches, layers, settings, settings.seed + k).items():
+        weight = min(1 - 1 / (int(fisher_layers[name].observations) + 1), decay)
+        new[name] = fisher_layers[name].metric.merged(name, stats, weight, settings)
+    for name, metric in new.items():
+        carry(layers[name], fisher_layers[name].metric, metric, optimizer, keep_velocity)
+        fisher_layers[name].metric = metric
+    return model
+
+
+def restore(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Model:
+    """The inverse of :func:`reconstruct`, in place: the same module classes and parameters, with the trained W = S W'.
+
+    ``optimizer`` is an SGD whose momentum is to follow. Raises ``ValueError`` if the model is not reconstructed or a
+    weight was parametrized once more.
+    """
+    fisher_layers = fisher_layers_of(model)
+    if not fisher_layers:
+        raise ValueError("the model is not reconstructed")
+    for fisher_layer in fisher_layers:
+        for name, chain in fisher_layer.chains().items():
+            if len(chain) > 1:
+                raise ValueError(f"{fisher_layer.layer.name}.{name} was parametrized once more: remove that first")
+    check_optimizer(optimizer, [fisher_layer.layer for fisher_layer in fisher_layers])
+    for fisher_layer in fisher_layers:
+        carry(fisher_layer.layer, fisher_layer.metric, None, optimizer)
+        uninstall(fisher_layer)
+    return model
