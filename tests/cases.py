@@ -11,7 +11,9 @@ from typing import Literal
 
 from natgrad import (
     EKFAC,
+    FOOF,
     KFAC,
+    SNGD,
     TEKFAC,
     TKFAC,
     Approximation,
@@ -20,10 +22,13 @@ from natgrad import (
     ExactFisher,
     JointFisher,
     JointWoodbury,
+    NGPlus,
     TENGraD,
     TKFACExact,
+    UnitWise,
     Woodbury,
 )
+from natgrad.matrix import Ridge
 
 Whose = Literal["fisher", "positions"]  # the full Fisher, or the one without cross terms between positions
 
@@ -44,6 +49,10 @@ class Case:
     """Whose two partial traces it has."""
     below: Callable[[], Approximation] | None = None
     """The approximation whose Frobenius error it never exceeds."""
+    reads_gradients: bool = True
+    """Is quadratic in g, as a Fisher is; else a metric of the inputs alone."""
+    absolute: bool = True
+    """Its damping has a unit: large ones give plain gradient descent, of step 1/damping."""
     equivariant: bool = False
     """Its undamped step does not depend on the coordinates of inputs and outputs."""
 
@@ -64,6 +73,11 @@ CASES = (
     Case("TKFACExact", TKFACExact, trace="fisher", partial_traces="fisher"),
     Case("TEKFAC", TEKFAC, trace="fisher", below=TKFAC),
     Case("TEKFACExact", TEKFACExact, trace="fisher", below=TKFACExact),
+    Case("SNGD", SNGD, one_example=False, reads_gradients=False),
+    Case("FOOF", FOOF, one_example=False, reads_gradients=False),
+    Case("NGPlus", NGPlus, one_example=False),
+    Case("UnitWise", UnitWise, one_example=False, trace="fisher", below=Diagonal),
+    Case("KFAC-ridge", lambda: KFAC(rule=Ridge()), equivariant=True, absolute=False),
     Case("EKFAC-reseed", lambda: EigenCorrected(KFAC(), carry="reseed"), trace="fisher", below=KFAC),
     Case("EKFAC-keep", lambda: EigenCorrected(KFAC(), carry="keep"), trace="fisher", below=KFAC),
     Case("JointFisher", JointFisher, exact=True, trace="fisher", partial_traces="fisher", equivariant=True),

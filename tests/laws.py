@@ -103,7 +103,7 @@ def law_02_positive_semi_definite(case: Case, shape: str) -> None:
         assert (torch.linalg.eigvalsh(matrix.inverse(0.1).dense()) > 0).all()
 
 
-@law()
+@law(lambda case, shape: case.absolute)
 def law_22_large_damping_is_plain_gradient_descent(case: Case, shape: str) -> None:
     """lambda D -> M as lambda -> infinity; at worst like 1/sqrt(lambda), the cross terms of factored damping."""
     seen = random_capture(4, shape)
@@ -126,7 +126,7 @@ def law_groups_are_layers_of_their_own(case: Case, shape: str) -> None:
 # How it scales and adds up.
 
 
-@law()
+@law(lambda case, shape: case.reads_gradients)
 def law_scale_gradients_by_c_and_the_matrix_by_c_squared(case: Case, shape: str) -> None:
     """F is quadratic in g."""
     seen = random_capture(6, shape)

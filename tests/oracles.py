@@ -18,7 +18,10 @@ from natgrad.matrix import (
     Kronecker,
     LowRank,
     Matrix,
+    OneSided,
     Relative,
+    Ridge,
+    Rows,
     Spectral,
     Tikhonov,
     Unit,
@@ -104,6 +107,11 @@ def damped(matrix: Matrix, damping: float) -> Tensor:
     F = matrix.dense()
     if isinstance(matrix, (Dense, Diagonal, LowRank)):
         return _plus(F, damping)
+    if isinstance(matrix, OneSided):
+        return F + (damping + matrix.eps * _trace(matrix.factor))[..., None, None] * torch.eye(F.shape[-1])
+    if isinstance(matrix, Rows):
+        ridge = damping + matrix.eps * _trace(matrix.values)
+        return F + torch.diag_embed(ridge.repeat_interleave(matrix.shape[-1], -1))
     assert isinstance(matrix, (Kronecker, Spectral))
     return _by_rule(matrix, matrix.rule, F, damping)
 
@@ -118,6 +126,9 @@ def _by_rule(matrix: Kronecker | Spectral, rule: Any, F: Tensor, damping: float)
         return F + damping * mean[..., None, None] * torch.eye(F.shape[-1])
     assert isinstance(matrix, Kronecker)
     G, A = matrix.left, matrix.right
+    if isinstance(rule, Ridge):
+        left, right = (X + damping * _trace(X)[..., None, None] * torch.eye(X.shape[-1]) for X in (G, A))
+        return kron(left, right)
     pi = torch.ones(G.shape[:-2])
     if isinstance(rule, Factored):
         pi = (_trace(A) / A.shape[-1] / (_trace(G) / G.shape[-1])).sqrt()

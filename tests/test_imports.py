@@ -21,6 +21,7 @@ BELOW: dict[str, set[str]] = {
     "fishers": {"matrix", "capture"},
     "engine": {"capture", "labels", "layers"},
     "fisher": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
+    "reconstruction": {"engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "optim": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "race")

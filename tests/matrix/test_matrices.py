@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from natgrad.matrix import (
     LinearMap,
     LowRank,
     Matrix,
+    OneSided,
     Relative,
+    Rows,
     Spectral,
     Tikhonov,
     Unit,
@@ -66,6 +69,9 @@ MATRICES: dict[str, Callable[..., Matrix]] = {
     ),
     "LowRank": lambda *groups: low_rank(*groups),
     "LowRank-shared": lambda *groups: low_rank(*groups, t=4),
+    "OneSided-right": lambda *groups: OneSided(psd(*groups, size=IN), (OUT, IN), eps=0.1),
+    "OneSided-left": lambda *groups: OneSided(psd(*groups, size=OUT), (OUT, IN), "left"),
+    "Rows": lambda *groups: Rows(psd(*groups, OUT, size=IN), eps=0.1),
     "Grouped": lambda *groups: Grouped(kronecker(3)),
 }
 every_matrix = pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES.keys())
@@ -324,6 +330,15 @@ def test_kronecker_and_its_spectral_form_are_the_same_operator() -> None:
         matrix = kronecker(*groups)
         assert_equal(matrix.spectral().dense(), matrix.dense())
     assert isinstance(spectral().spectral(), Spectral)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("groups", [(), (3,)])
+def test_a_one_sided_matrix_and_its_spectral_form_are_the_same_operator(
+    side: Literal["left", "right"], groups: tuple[int, ...]
+) -> None:
+    matrix = OneSided(psd(*groups, size=OUT if side == "left" else IN), (OUT, IN), side)
+    assert_equal(matrix.spectral().dense(), matrix.dense())
 
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.5, 2.0])

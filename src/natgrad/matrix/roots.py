@@ -141,6 +141,8 @@ def _iterated(
 
 def _lifted(U: Tensor, values: Tensor, rest: Tensor) -> Tensor:
     """The matrix with eigenvalues ``values`` along U, and ``rest`` elsewhere."""
+    if U.shape[-2] == U.shape[-1]:
+        return (U * values.unsqueeze(-2)) @ U.mT
     eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
     return (U * (values - rest).unsqueeze(-2)) @ U.mT + rest.unsqueeze(-1) * eye
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from natgrad.fishers import Mean, Stats
 from natgrad.layers import Adapter, Layer
 from natgrad.layers.base import with_ones
 from natgrad.matrix import Kronecker, OneSided, Rows
@@ -78,18 +77,19 @@ class FisherLayer(nn.Module):
             {name: getattr(self, f"{part}_{name}") for name in names} for part, names in self._names.items()
         )
         shell = self._shell
-        means: Stats = {name: Mean(value) for name, value in stats.items()}
-        return Metric(shell.S.with_tensors(S), shell.inverse.with_tensors(inverse), means)
+        restored = {name: statistic.restored(stats[name]) for name, statistic in shell.stats.items()}
+        return Metric(shell.S.with_tensors(S), shell.inverse.with_tensors(inverse), restored)
 
     @metric.setter
     def metric(self, metric: Metric) -> None:
-        stats = {name: mean.value for name, mean in metric.stats.items() if isinstance(mean, Mean)}
-        parts = {"S": metric.S.tensors(), "inverse": metric.inverse.tensors(), "mean": stats}
+        stats = {name: statistic.value for name, statistic in metric.stats.items()}
+        parts = {"S": metric.S.tensors(), "inverse": metric.inverse.tensors(), "statistic": stats}
         for part, tensors in parts.items():
             for name, value in tensors.items():
                 self.register_buffer(f"{part}_{name}", value)
         self._names = {part: tuple(tensors) for part, tensors in parts.items()}
-        self._shell = replace(metric, S=metric.S.to("meta"), inverse=metric.inverse.to("meta"), stats={})
+        empty = {name: statistic.restored(statistic.value.to("meta")) for name, statistic in metric.stats.items()}
+        self._shell = Metric(metric.S.to("meta"), metric.inverse.to("meta"), empty)
         self.observations += 1
 
     def chains(self) -> dict[str, parametrize.ParametrizationList]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.fisher import call, evaluating, passes
-from natgrad.fishers import SNGD, Approximation, Coupled, Mean, Stats, pool
+from natgrad.fishers import SNGD, Approximation, Coupled, Stats, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import Layer
 from natgrad.likelihoods import Likelihood
@@ -51,6 +51,8 @@ class Settings:
             raise ValueError("give a likelihood or activations, not both")
         if self.likelihood is None and self.activations is None and not isinstance(approximation, SNGD):
             raise ValueError(f"{approximation!r} reads output gradients: give a likelihood, or activations")
+        if not callable(self.root):
+            raise TypeError(f"root must be a function such as eigh_root, got {self.root!r}")
         check_estimator(self.estimator)
         check_damping(self.damping)
 
@@ -72,8 +74,6 @@ class Metric:
     @classmethod
     def of(cls, name: str, stats: Stats, settings: Settings) -> Metric:
         """The metric of the layer ``name``; ``FactorisationError`` if its matrix has no root."""
-        if not all(isinstance(statistic, Mean) for statistic in stats.values()):
-            raise ValueError(f"{settings.approximation!r} keeps examples, and cannot be reconstructed")
         matrix = settings.approximation.assemble(stats)
         try:
             return cls(*inverse_roots(matrix, settings.damping, settings.root), stats)
@@ -82,7 +82,7 @@ class Metric:
 
     def merged(self, name: str, new: Stats, decay: float, settings: Settings) -> Metric:
         """The metric of the statistics with one more observation."""
-        old = {key: Mean(statistic.value.to(new[key].value)) for key, statistic in self.stats.items()}
+        old = {key: statistic.restored(statistic.value.to(new[key].value)) for key, statistic in self.stats.items()}
         return Metric.of(name, settings.approximation.merge(old, new, decay), settings)
 
 

@@ -104,15 +104,18 @@ def refresh(
     Raises ``ValueError`` if the model is not reconstructed, ``TypeError`` for an optimizer that is not SGD, and
     ``FactorisationError``; all leave the model as it was. Cost: that of :func:`reconstruct`.
     """
-    fisher_layers = {fisher_layer.layer.name: fisher_layer for fisher_layer in fisher_layers_of(model)}
-    if not fisher_layers:
+    found = fisher_layers_of(model)
+    if not found:
         raise ValueError("the model is not reconstructed")
+    settings = found[0].settings
+    if any(fisher_layer.settings is not settings for fisher_layer in found):
+        raise ValueError("the model was reconstructed in parts: refresh each part")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be a number >= 0 and < 1, got {decay!r}")
+    fisher_layers = {fisher_layer.layer.name: fisher_layer for fisher_layer in found}
     layers = {name: fisher_layer.layer for name, fisher_layer in fisher_layers.items()}
     check_optimizer(optimizer, layers.values())
-    settings = next(iter(fisher_layers.values())).settings
-    k = max(int(fisher_layer.observations) for fisher_layer in fisher_layers.values())
+    k = max(int(fisher_layer.observations) for fisher_layer in found)
     new = {}
     for name, stats in gather(model, batches, layers, settings, settings.seed + k).items():
         weight = min(1 - 1 / (int(fisher_layers[name].observations) + 1), decay)
