@@ -25,6 +25,7 @@ import natgrad
 from natgrad import (
     EKFAC,
     KFAC,
+    SNGD,
     TEKFAC,
     TKFAC,
     Approximation,
@@ -36,7 +37,7 @@ from natgrad import (
     TENGraD,
     Woodbury,
 )
-from natgrad.matrix import Factored, Kronecker, LowRank, Spectral, Tikhonov
+from natgrad.matrix import Factored, Kronecker, LowRank, OneSided, Spectral, Tikhonov, eigh_root
 from natgrad.matrix.damping import SpectralRule
 
 HERE = Path(__file__).parent / "pictures"
@@ -219,6 +220,23 @@ def tengrad() -> Figure:
     return figure
 
 
+def sngd() -> Figure:
+    """One metric for all outputs, at the trace of F; and what its root does to the inputs."""
+    figure, axes = panels(3)
+    F, metric = matrix(ExactFisher()).dense(), matrix(SNGD())
+    assert isinstance(metric, OneSided)
+    scaled = metric.dense() * (F.trace() / metric.trace())
+    heat(axes[0], F, "exact F")
+    heat(axes[1], scaled, f"I kron A, rescaled: error {float((F - scaled).norm() / F.norm()):.2f}")
+    A = metric.factor
+    _, S = eigh_root(A, 1e-4 * A.trace())
+    for values, colour, name in ((A, INK, "inputs a"), (S @ A @ S, PALE, "S a")):
+        axes[2].semilogy(torch.linalg.eigvalsh(values).flip(0), "o-", color=colour, label=name)
+    axes[2].set(title="eigenvalues of the covariance", xlabel="rank")
+    axes[2].legend(frameon=False)
+    return figure
+
+
 def damping() -> Figure:
     """What the two rules add to EKFAC's eigenvalues, at one damping."""
     figure, axes = panels(2)
@@ -245,6 +263,7 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
     tekfac,
     woodbury,
     tengrad,
+    sngd,
     damping,
 )
 

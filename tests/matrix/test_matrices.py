@@ -22,6 +22,7 @@ from natgrad.matrix import (
     Matrix,
     OneSided,
     Relative,
+    Ridge,
     Rows,
     Spectral,
     Tikhonov,
@@ -238,7 +239,16 @@ def test_a_zero_kronecker_factor_leaves_plain_damping(rule: KroneckerRule) -> No
     assert_equal(zero.inverse(0.01) @ M, M / 0.01)
 
 
-@pytest.mark.parametrize("rule", [Factored(), Unit(), Tikhonov(), Relative()], ids=lambda rule: type(rule).__name__)
+def test_the_ridge_of_a_zero_factor_is_its_floor() -> None:
+    G, A = psd(size=OUT), torch.zeros(IN, IN)
+    left, right = Ridge(floor=1e-3).shifts(Kronecker(G, A), 0.5)
+    assert_equal(left, 0.5 * G.trace())
+    assert_equal(right, torch.tensor(5e-4))
+
+
+@pytest.mark.parametrize(
+    "rule", [Factored(), Unit(), Tikhonov(), Relative(), Ridge()], ids=lambda rule: type(rule).__name__
+)
 def test_rank_deficient_factors_are_inverted_with_damping(rule: KroneckerRule) -> None:
     matrix = Kronecker(psd(size=OUT, rank=1), psd(size=IN, rank=2), rule)
     inverse = matrix.inverse(1e-3).dense()

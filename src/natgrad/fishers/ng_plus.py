@@ -21,7 +21,7 @@ class NGPlus(Approximation):
     scale: tr L = tr F, so that the trace of L kron I is in times that of F (of I kron P out times).
 
     Cost: 2 n d (in + out) flops an observation for unshared weights (else that of per-example gradients), d^3 a
-    refresh, 2 out in d a step with d = min(out, in); memory 2 d^2. Reference: Yang, Xu, Wen, Chen and Xu, "NG+: a
+    refresh, 2 out in d a step with d = min(out, in); memory 2 d^2. Reference: Yang et al., "NG+: a
     multi-step matrix-product natural gradient method for deep learning", arXiv 2106.07454.
     """
 

@@ -103,7 +103,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Ridge:
-    """lambda times its own trace on each factor: a number without a unit, of the order of 1e-4."""
+    """lambda max(trace, floor) on each factor: a number without a unit, of the order of 1e-4."""
+
+    floor: float = 1e-8
 
     def invert(self, matrix: Kronecker, damping: float) -> Kronecker:
         """(G + lambda tr(G) I)^-1 kron (A + lambda tr(A) I)^-1."""
@@ -111,8 +113,9 @@ class Ridge:
 
     def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
         """lambda tr(G) and lambda tr(A)."""
+        check_damping(damping)
         left, right = (X.shape[-1] * _mean_eigenvalue(X) for X in (matrix.left, matrix.right))
-        return check_damping(damping) * left, damping * right
+        return damping * left.clamp(min=self.floor), damping * right.clamp(min=self.floor)
 
 
 @dataclass(frozen=True)
