@@ -20,9 +20,9 @@ class NGPlus(Approximation):
     L and P are the two partial traces of the Fisher, one of which TKFAC multiplies with the other. Not of the Fisher's
     scale: tr L = tr F, so that the trace of L kron I is in times that of F (of I kron P out times).
 
-    Cost: 2 n d (in + out) flops an observation for unshared weights (else that of per-example gradients), d^3 a
-    refresh, 2 out in d a step with d = min(out, in); memory 2 d^2. Reference: Yang et al., "NG+: a
-    multi-step matrix-product natural gradient method for deep learning", arXiv 2106.07454.
+    Cost: 2 n d^2 flops an observation for unshared weights (else 2 n out in (t + d), by per-example gradients), d^3 a
+    refresh, 2 out in d a step, with d = min(out, in); memory 2 d^2. Reference: Yang et al., "NG+: a multi-step
+    matrix-product natural gradient method for deep learning", arXiv 2106.07454.
     """
 
     def observe(self, seen: Capture) -> Stats:
