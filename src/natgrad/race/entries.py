@@ -220,6 +220,9 @@ ENTRIES = {
         Entry("woodbury", natural(lambda: natgrad.Woodbury(), step_size="kl"), _natural_space, natural=True),
         Entry("woodbury-joint", natural(lambda: natgrad.JointWoodbury(), step_size="kl"), _natural_space, natural=True),
         Entry("tengrad", natural(lambda: natgrad.TENGraD(), step_size="kl"), _natural_space, natural=True),
+        Entry("sngd", natural(lambda: natgrad.SNGD()), _natural_space, natural=True),
+        Entry("foof", natural(lambda: natgrad.FOOF()), _natural_space, natural=True),
+        Entry("ngplus", natural(lambda: natgrad.NGPlus()), _natural_space, natural=True),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
     )
 }

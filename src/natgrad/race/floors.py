@@ -59,7 +59,7 @@ FLOORS: dict[str, Flops] = {
     "tengrad": gram,
     "sngd": input_side,
     "foof": input_side,
-    "tnt": output_side,
+    "ngplus": output_side,
     "two-level": two_level,
 }
 
