@@ -1,6 +1,16 @@
 """Approximations of a layer's Fisher block, one per file."""
 
 from natgrad.fishers.base import Approximation, Coupled, Part
+from natgrad.fishers.block_tridiagonal import BlockTridiagonal
+from natgrad.fishers.coarse import (
+    CoarseSpace,
+    KrylovNicolaides,
+    KrylovResidual,
+    Nicolaides,
+    ResidualSpace,
+    SpectralSpace,
+    Tselepidis,
+)
 from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
@@ -14,6 +24,7 @@ from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_captu
 from natgrad.fishers.tekfac import TEKFAC
 from natgrad.fishers.tengrad import TENGraD
 from natgrad.fishers.tkfac import TKFAC, TKFACExact
+from natgrad.fishers.two_level import TwoLevel
 from natgrad.fishers.unit_wise import UnitWise
 from natgrad.fishers.woodbury import JointWoodbury, Woodbury
 
@@ -23,22 +34,31 @@ __all__ = [
     "KFAC",
     "SNGD",
     "TEKFAC",
-    "TENGraD",
     "TKFAC",
     "Approximation",
+    "BlockTridiagonal",
+    "CoarseSpace",
     "Coupled",
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
     "JointFisher",
     "JointWoodbury",
+    "KrylovNicolaides",
+    "KrylovResidual",
     "Mean",
     "NGPlus",
+    "Nicolaides",
     "Part",
+    "ResidualSpace",
     "Samples",
+    "SpectralSpace",
     "Statistic",
     "Stats",
+    "TENGraD",
     "TKFACExact",
+    "Tselepidis",
+    "TwoLevel",
     "UnitWise",
     "Woodbury",
     "as_capture",

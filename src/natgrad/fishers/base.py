@@ -79,7 +79,10 @@ class Coupled(Approximation):
     """
 
     def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> Mapping[str, Stats]:
-        """The statistics of one observation for every layer, in the order of the model; by default each on its own."""
+        """The statistics of one observation for every layer, in the order of the model; by default each on its own.
+
+        A layer that no forward pass reached has no captures, and gets no statistics or empty ones.
+        """
         return {name: pool(self.observe(capture) for capture in captures) for name, captures in seen.items()}
 
     @abstractmethod

@@ -32,6 +32,7 @@ class JointFisher(ExactFisher, Coupled):
 
     def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> Mapping[str, Stats]:
         """The block of every layer, and its rows of F."""
+        seen = {name: captures for name, captures in seen.items() if captures}
         self._check(seen)
         parts = []
         for together in zip(*seen.values(), strict=True):

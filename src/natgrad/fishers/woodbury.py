@@ -75,6 +75,7 @@ class JointWoodbury(Woodbury, Coupled):
 
     def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> Mapping[str, Stats]:
         """Every layer's examples, with one mark for all of them."""
+        seen = {name: captures for name, captures in seen.items() if captures}
         sizes = [capture.g.abs().sum(dtype=torch.float64) for captures in seen.values() for capture in captures]
         if not sizes:
             return {}

@@ -20,7 +20,7 @@ class Directions:
     """Gradients M, natural gradients D and previous directions P of the covered layers, as blocks (*groups, out, in).
 
     ``records`` are the forward passes of the step, whose samples give the curvature; ``precision`` that of the products
-    with activations.
+    with activations; ``joint`` says that D comes from a map that joins the layers, so that they have one length.
     """
 
     layers: Mapping[str, Layer]
@@ -31,6 +31,7 @@ class Directions:
     precision: torch.dtype | str = "auto"
     model: nn.Module | None = None
     labels: Labels | None = None
+    joint: bool = False
 
     @property
     def _device(self) -> torch.device:

@@ -104,16 +104,16 @@ class Layerwise:
         """Every layer with its statistics merged, and what it saw; lazily, to hold the captures of one at a time."""
         approximation = self.approximation
         together: Mapping[str, Stats] | None = None
-        captures = {}
+        captures: dict[str, list[Capture]] = {}
         if isinstance(approximation, Coupled):
-            captures = {name: seen for name in self.layers if (seen := self._seen(name, records))}
+            captures = {name: self._seen(name, records) for name in self.layers}
             together = approximation.observe_together(captures)
         for name in self.layers:
             if together is None:
                 seen = self._seen(name, records)
                 new: Stats = pool(approximation.observe(capture) for capture in seen)
             else:
-                seen, new = captures.get(name, []), together.get(name, {})
+                seen, new = captures[name], together.get(name, {})
             yield name, state[name].merge(approximation, new, self.decay) if new else state[name], seen
 
     def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
@@ -152,6 +152,7 @@ class Layerwise:
 
 def largest(tensors: list[Tensor]) -> Tensor | None:
     """The sum of the largest entries: finite, without overflow, if all tensors are; ``None`` of none."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     return torch.stack(torch._foreach_norm(tensors, float("inf"))).sum() if tensors else None
 
 

@@ -258,7 +258,7 @@ class NaturalGradient(torch.optim.Optimizer):
         rates = {key: group["lr"] for key, group in self._settings().items()}
         lr = max(rates.values(), default=0.0)
         precision, labels = self._curvature.precision, self._engine.labels
-        directions = Directions(layers, M, D, P, records, precision, self.model, labels)
+        directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares = [rates[id(layer.parameters[0])] / lr if lr else 1.0 for layer in layers.values()]

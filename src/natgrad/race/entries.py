@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import natgrad
+from natgrad.matrix import Tikhonov
 from natgrad.race.tasks import Task
 
 if TYPE_CHECKING:
@@ -205,6 +206,16 @@ MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "adam_lr": 1e-3, "end
 SOAP = {"lr": 1e-2, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.0, "precondition_frequency": 10}
 SHAMPOO = {"lr": 4e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "matrix_eps": 1e-2, **SHAMPOO_CADENCE}
 
+TWO_LEVEL: dict[str, Callable[[], Any]] = {
+    "two-level": lambda: natgrad.TwoLevel(),
+    "two-level-additive": lambda: natgrad.TwoLevel(form="additive"),
+    "two-level-spectral": lambda: natgrad.TwoLevel(space=natgrad.SpectralSpace()),
+    "two-level-residual": lambda: natgrad.TwoLevel(space=natgrad.ResidualSpace()),
+    "two-level-krylov-nicolaides": lambda: natgrad.TwoLevel(space=natgrad.KrylovNicolaides()),
+    "two-level-krylov-residual": lambda: natgrad.TwoLevel(space=natgrad.KrylovResidual()),
+    "two-level-tselepidis": lambda: natgrad.TwoLevel(natgrad.KFAC(Tikhonov()), natgrad.Tselepidis(), form="additive"),
+}
+
 ENTRIES = {
     entry.name: entry
     for entry in (
@@ -223,6 +234,8 @@ ENTRIES = {
         Entry("sngd", natural(lambda: natgrad.SNGD()), _natural_space, natural=True),
         Entry("foof", natural(lambda: natgrad.FOOF()), _natural_space, natural=True),
         Entry("ngplus", natural(lambda: natgrad.NGPlus()), _natural_space, natural=True),
+        Entry("kfac-tridiagonal", natural(lambda: natgrad.BlockTridiagonal()), _natural_space, natural=True),
+        *(Entry(name, natural(make), _natural_space, natural=True) for name, make in TWO_LEVEL.items()),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
     )
 }

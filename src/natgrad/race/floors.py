@@ -61,6 +61,7 @@ FLOORS: dict[str, Flops] = {
     "foof": input_side,
     "ngplus": output_side,
     "two-level": two_level,
+    "two-level-tselepidis": spectral,
 }
 
 
@@ -69,7 +70,7 @@ def floor_flops(name: str, model: nn.Module, examples: int) -> int | None:
 
     Those of methods in example space depend on the positions of a convolution, and are known for dense layers only.
     """
-    family = "two-level" if name.startswith("two-level") else name
+    family = "two-level" if name.startswith("two-level") and name not in FLOORS else name
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     flops = FLOORS.get(family)
     if flops is None or (flops in (gram, two_level) and any(isinstance(m, nn.Conv2d) for m in layers)):

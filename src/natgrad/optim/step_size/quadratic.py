@@ -47,8 +47,9 @@ class QuadraticModel(StepSize):
         return True
 
     def prepare(self, directions: Directions, damping: float, memory: Memory) -> Directions:
-        """Every layer's D at its own best length."""
-        return directions.scaled(directions.lengths(damping)) if self.per_layer else directions
+        """Every layer's D at its own best length, unless a map that joins the layers has set their ratios."""
+        own = self.per_layer and not directions.joint
+        return directions.scaled(directions.lengths(damping)) if own else directions
 
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
         """The entries of the 2 x 2 system without damping (``DFD`` ...) and with it (``DBD`` ...)."""
