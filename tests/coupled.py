@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from natgrad import Bernoulli, Likelihood
 from natgrad.capture import Capture
 from natgrad.engine import Engine
-from natgrad.fishers import Coupled, Part
+from natgrad.fishers import CoarseSpace, Coupled, Part
 from natgrad.labels import Labels
 from natgrad.layers import cover
 from natgrad.matrix import NetworkMap
@@ -99,3 +99,27 @@ def dense_map(linear: NetworkMap, M: Tensors) -> Tensor:
     """The matrix of a linear map on blocks of the shapes of M."""
     size = sum(block.numel() for block in M.values())
     return torch.stack([flat(linear @ like(e, M)) for e in torch.eye(size)], -1)
+
+
+def two_batches(network: Callable[[], tuple[nn.Module, Tensor]]) -> dict[str, list[Capture]]:
+    model, x = network()
+    return seen_by(model, x[:12], x[12:])
+
+
+def dense_operator(seen: Seen, damping: float) -> Tensor:
+    """B = F + damping I."""
+    F = dense_joint_fisher(seen)
+    return F + damping * torch.eye(len(F))
+
+
+def rows_of(space: CoarseSpace, parts: dict[str, Part], r: Tensors) -> Tensor:
+    """R0 (m, weights) of the raw, not orthonormalised, vectors."""
+    rows = []
+    for name, part in parts.items():
+        for v in space.vectors(part.inverse, r[name]):
+            rows.append(flat({key: v if key == name else torch.zeros_like(block) for key, block in r.items()}))
+    return torch.stack(rows)
+
+
+def fine_step(parts: dict[str, Part], M: Tensors) -> Tensor:
+    return flat({name: parts[name].inverse @ M[name] for name in M})
