@@ -4,6 +4,7 @@ from natgrad.fisher import fisher
 from natgrad.fishers import (
     EKFAC,
     FOOF,
+    FNGD,
     KFAC,
     SNGD,
     TEKFAC,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "FOOF",
+    "FNGD",
     "KFAC",
     "SNGD",
     "TEKFAC",

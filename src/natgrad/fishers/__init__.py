@@ -1,12 +1,13 @@
 """Approximations of a layer's Fisher block, one per file."""
 
-from natgrad.fishers.base import Approximation, Coupled, Part
+from natgrad.fishers.base import Approximation, Coupled, Part, Weighted
 from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
 from natgrad.fishers.exact import ExactFisher
 from natgrad.fishers.foof import FOOF
 from natgrad.fishers.joint import JointFisher
+from natgrad.fishers.fngd import FNGD
 from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.ng_plus import NGPlus
 from natgrad.fishers.sngd import SNGD
@@ -20,6 +21,7 @@ from natgrad.fishers.woodbury import JointWoodbury, Woodbury
 __all__ = [
     "EKFAC",
     "FOOF",
+    "FNGD",
     "KFAC",
     "SNGD",
     "TEKFAC",
@@ -41,6 +43,7 @@ __all__ = [
     "TKFACExact",
     "UnitWise",
     "Woodbury",
+    "Weighted",
     "as_capture",
     "as_samples",
     "pool",

@@ -48,6 +48,10 @@ class Adapter(ABC):
     def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
         """The layer's output at input x with other weights (and no bias where ``tensors`` has none)."""
 
+    @abstractmethod
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
+        """Gradients of <forward(x), g> in ``parameters(module)``: one product; x and g have their example dimension."""
+
 
 def with_ones(a: Tensor, bias: bool) -> Tensor:
     """``a`` with a last column of ones, if there is a bias."""

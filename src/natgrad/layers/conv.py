@@ -24,10 +24,7 @@ class ConvAdapter(Adapter):
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """Patches (n, t, C k), or (groups, n, t, C/groups k); costs k times the memory of x."""
         assert isinstance(module, _ConvNd)
-        patches = x
-        if any(module._reversed_padding_repeated_twice):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            patches = F.pad(patches, module._reversed_padding_repeated_twice, mode=mode)
+        patches = _padded(module, x)
         for axis, (kernel, stride, dilation) in enumerate(
             zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
         ):
@@ -62,6 +59,25 @@ class ConvAdapter(Adapter):
         assert isinstance(module, _ConvNd)
         bias = tensors[1] if len(tensors) == 2 else None
         return module._conv_forward(x, tensors[0], bias)
+
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
+        """The backward pass of the convolution, without the gradient in x."""
+        assert isinstance(module, _ConvNd)
+        bias, padding = self.has_bias(module), module.padding
+        if isinstance(padding, str) or module.padding_mode != "zeros":
+            x, padding = _padded(module, x), (0,) * len(module.kernel_size)
+        gradients = torch.ops.aten.convolution_backward(
+            g, x, module.weight.to(g.dtype), [module.out_channels] if bias else None, module.stride, padding,
+            module.dilation, False, [0] * len(padding), module.groups, [False, True, bias],
+        )  # fmt: skip
+        return list(gradients[1:]) if bias else [gradients[1]]
+
+
+def _padded(module: _ConvNd, x: Tensor) -> Tensor:
+    if not any(module._reversed_padding_repeated_twice):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
 def _split(a: Tensor, groups: int) -> Tensor:

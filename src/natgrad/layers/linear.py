@@ -36,6 +36,12 @@ class LinearAdapter(Adapter):
         """x W^T + b."""
         return F.linear(x, *tensors)
 
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
+        """g^T x, and the sum of g."""
+        g = g.flatten(0, -2)
+        weight = g.mT @ x.flatten(0, -2)
+        return [weight, g.sum(0)] if self.has_bias(module) else [weight]
+
 
 def _positions(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.engine import Engine, Record, Sharing
-from natgrad.fishers import KFAC, Approximation
+from natgrad.fishers import KFAC, Approximation, Weighted
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import Layer, cover
 from natgrad.likelihoods import Likelihood
@@ -62,7 +62,8 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: look ahead by one step of the momentum.
         weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
         decay: weight of the old statistics in the moving averages.
-        observe_every: steps between observations; the first steps observe more often.
+        observe_every: steps between observations, default as it suits the approximation (4, or 1); the first steps
+            observe more often.
         refresh_every: steps between new matrices, default as it suits the approximation (10; 20 for eigenbases); the
             first steps refresh more often.
         observe_fraction: the share of the batch, its first examples, that statistics are taken on.
@@ -97,7 +98,7 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: float = 0.85,
-        observe_every: int = 4,
+        observe_every: int | None = None,
         refresh_every: int | None = None,
         observe_fraction: float = 1.0,
         staggered: bool = False,
@@ -114,6 +115,8 @@ class NaturalGradient(torch.optim.Optimizer):
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
         if refresh_every is None:
             refresh_every = getattr(approximation, "refresh_every", 1)
+        if observe_every is None:
+            observe_every = getattr(approximation, "observe_every", 1)
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
         found = cover(model, exclude)
@@ -134,6 +137,7 @@ class NaturalGradient(torch.optim.Optimizer):
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         self._engine = Engine(model, found.layers.values(), labels)
         self._engine.keep_inputs = step_size.needs_inputs
+        self._engine.needs_ids = isinstance(approximation, Weighted) and approximation.needs_ids
         self._arm()
 
     # What a user reads.
@@ -172,6 +176,12 @@ class NaturalGradient(torch.optim.Optimizer):
         """Tell the true labels of the coming forward pass; only a likelihood that ignores some of them needs it."""
         if self._engine.labels is not None:
             self._engine.labels.targets = targets
+
+    def examples(self, ids: Tensor) -> None:
+        """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
+        if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError("ids must be a tensor (n,) of whole numbers, one per example")
+        self._engine.ids = ids.to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:
         return coverage_table(self.model, self.layers, self._now, self.uncovered)
@@ -344,7 +354,10 @@ class NaturalGradient(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         self._engine.armed = self.step_size.needs_samples(self._clock["memory"])
-        self._engine.armed |= self._curvature.cadence.observes(self.steps)
+        self._engine.armed |= self._curvature.observes(self.steps)
+        self._engine.begin(self.steps)
+        if not self._engine.weighs:
+            self._engine.weigh(self._curvature.weights(self._now, self.steps))
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
 
@@ -355,6 +368,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
         self._now, self._report = State(), {}
+        self._engine.weigh({})
         states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
         if all("observations" in state for state in states.values()):
             self._now = self._curvature.restored(states)
