@@ -148,11 +148,6 @@ class Engine:
             weighting.close()
         self._weightings = [Weighting(layer, weights[layer], self._on_their_way) for layer in weights]
 
-    @property
-    def weighs(self) -> bool:
-        """Whether examples are weighed."""
-        return bool(self._weightings)
-
     def everything(self) -> list[Record]:
         """All records, which are then forgotten."""
         records, self._records = self._records, []

@@ -124,4 +124,8 @@ class Weighted(Approximation):
 
     @abstractmethod
     def weights(self, stats: Stats) -> Weights | None:
-        """The weights (n,) of the examples after the first phase, or ``None`` if all are 1; D is inverse @ gradient."""
+        """The weights (n,) of the examples after the first phase, or ``None`` if all are 1."""
+
+    @abstractmethod
+    def scale(self, stats: Stats) -> Tensor:
+        """The number that times the gradient so weighted is D."""

@@ -139,9 +139,12 @@ class FNGD(Weighted):
         if self.coefficients in ("scalar", "recompute"):
             return None
         total, seen = stats["total"].value, stats["seen"].value
-        scale = stats["scale"].value.flatten()[0]
-        table = torch.where(seen > 0, total / (seen * scale), torch.ones_like(total))
+        table = torch.where(seen > 0, total / (seen * self.scale(stats)), torch.ones_like(total))
         return partial(self._look_up, F.pad(table, (0, 1), value=1.0))
+
+    def scale(self, stats: Stats) -> Tensor:
+        """N mean c."""
+        return stats["scale"].value.flatten()[0]
 
     def _look_up(self, table: Tensor, examples: Examples, g: Tensor) -> Tensor:
         n, last = len(g), table.shape[1] - 1

@@ -21,6 +21,7 @@ from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.precision import fast_dtype
+from natgrad.optim.step_size import read_once
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ class Layerwise:
             return {}
         found = {name: self.approximation.weights(c.stats) for name, c in state.items() if c.refreshed}
         return {self.layers[name]: weights for name, weights in found.items() if weights is not None}
+
+    def multiples(self, state: State, step: int) -> dict[str, float]:
+        """By what the gradients of this step make directions, where a number does that for every layer."""
+        if self.learns(step) or not isinstance(self.approximation, Weighted):
+            return {}
+        return read_once({name: self.approximation.scale(c.stats) for name, c in state.items() if c.refreshed})
 
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits a layer, if any."""

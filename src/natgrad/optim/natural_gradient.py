@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +26,20 @@ from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.groups import build_groups
 from natgrad.optim.layerwise import Layerwise, State, blocks, largest
-from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
+from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
 
 
 @dataclass(frozen=True)
 class _Proposal:
-    """Everything a step would change, computed before anything is."""
+    """Everything a step would change, computed before anything is: D is factor times ``moves``, like the parameters."""
 
     curvature: State
-    directions: Directions
+    moves: Mapping[str, Sequence[Tensor | None]]
     decision: Decision
     drift: float
     lr: float
+    factors: Mapping[str, float]
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -133,6 +134,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
+        self._multiples: dict[str, float] = {}
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         self._engine = Engine(model, found.layers.values(), labels)
@@ -228,6 +230,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._rescale(records)
         curvature = self._advance(records)
         names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
+        if self._multiples and type(self.step_size) is Constant:
+            return self._plain(curvature, names)
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
@@ -247,7 +251,19 @@ class NaturalGradient(torch.optim.Optimizer):
         situation = Situation(read, lr, momentum, self._clock["memory"], capacity)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
-        return _Proposal(curvature, directions, decision, read.get("drift", 0.0), lr)
+        moves = {name: self.layers[name].unpack(D) for name, D in directions.D.items()}
+        return _Proposal(curvature, moves, decision, read.get("drift", 0.0), lr, dict.fromkeys(names, 1.0))
+
+    def _plain(self, curvature: State, names: list[str]) -> _Proposal | None:
+        """A step along multiples of the gradients at the cost of SGD: no blocks, no inner products, one number read."""
+        size = self._rest([])
+        if size is not None and not math.isfinite(size):
+            return None
+        shares, lr = self._rates(names)
+        moves = {name: [p.grad for p in self.layers[name].parameters] for name in names}
+        momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
+        factors = {name: self._multiples[name] * share for name, share in shares.items()}
+        return _Proposal(curvature, moves, Decision(1.0, momentum), 0.0, lr, factors)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
@@ -260,32 +276,37 @@ class NaturalGradient(torch.optim.Optimizer):
     def _directions(
         self, layers: dict[str, Layer], curvature: State, records: list[Record]
     ) -> tuple[Directions, float]:
-        """The directions of the step, and the learning rate that they all share: the largest of the groups."""
+        """The directions of the step, and the learning rate that they all share."""
         M = blocks(layers)
         D = self._curvature.precondition(curvature, M)
         P = {name: self.state[layer.parameters[0]].get("momentum") for name, layer in layers.items()}
         P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
-        rates = {key: group["lr"] for key, group in self._settings().items()}
-        lr = max(rates.values(), default=0.0)
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
-        shares = [rates[id(layer.parameters[0])] / lr if lr else 1.0 for layer in layers.values()]
-        return (directions if all(share == 1.0 for share in shares) else directions.scaled(shares)), lr
+        shares, lr = self._rates(layers)
+        every = list(shares.values())
+        return (directions if all(share == 1.0 for share in every) else directions.scaled(every)), lr
+
+    def _rates(self, names: Iterable[str]) -> tuple[dict[str, float], float]:
+        """The largest learning rate of the groups, and what share of it every layer has."""
+        rates = {key: group["lr"] for key, group in self._settings().items()}
+        lr = max(rates.values(), default=0.0)
+        return {name: rates[id(self.layers[name].parameters[0])] / lr if lr else 1.0 for name in names}, lr
 
     def _apply(self, proposal: _Proposal) -> None:
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
+        if proposal.curvature is not self._now:
+            for name, curvature in proposal.curvature.items():
+                self._remember(self.layers[name], curvature)
         self._now = proposal.curvature
-        for name, curvature in proposal.curvature.items():
-            self._remember(self.layers[name], curvature)
         self._move(proposal)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
-        stepped = proposal.directions.layers
         rates = {key: group["lr"] for key, group in self._settings().items()}
-        unseen = [p for name, layer in self.layers.items() if name not in stepped for p in layer.parameters]
+        unseen = [p for name, layer in self.layers.items() if name not in proposal.moves for p in layer.parameters]
         adamw_step([p for p in unseen if rates[id(p)]], self.state, self._adamw)
 
     def _remember(self, layer: Layer, curvature: LayerCurvature) -> None:
@@ -299,22 +320,21 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _move(self, proposal: _Proposal) -> None:
         """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0."""
-        directions, decision, lr = proposal.directions, proposal.decision, proposal.lr
-        settings = self._settings()
+        settings, mu = self._settings(), proposal.decision.mu
         for name, layer in self.layers.items():
-            if name not in directions.layers:
-                self.state[layer.parameters[0]]["momentum"].zero_()
+            P, group = self.state[layer.parameters[0]]["momentum"], settings[id(layer.parameters[0])]
+            P.mul_(mu if group["lr"] and name in proposal.moves else 0.0)
+            if name not in proposal.moves:
                 continue
-            group = settings[id(layer.parameters[0])]
-            D, P = directions.D[name], directions.P[name]
-            step = P.mul_(decision.mu).add_(D, alpha=decision.alpha) if group["lr"] else P.zero_()
-            self.state[layer.parameters[0]]["momentum"] = step
-            if group["nesterov"]:
-                step = decision.mu * step + decision.alpha * D
-            for parameter, move in zip(layer.parameters, layer.unpack(step), strict=True):
+            alpha = proposal.decision.alpha * proposal.factors[name]
+            for parameter, step, D in zip(layer.parameters, layer.unpack(P), proposal.moves[name], strict=True):
+                if D is not None and group["lr"]:
+                    step.add_(D, alpha=alpha)
+                if D is not None and group["nesterov"]:
+                    step = torch.add(mu * step, D, alpha=alpha)
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(move, alpha=-lr)
+                parameter.add_(step, alpha=-proposal.lr)
 
     # Helpers.
 
@@ -356,7 +376,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._engine.armed = self.step_size.needs_samples(self._clock["memory"])
         self._engine.armed |= self._curvature.observes(self.steps)
         self._engine.begin(self.steps)
-        if not self._engine.weighs:
+        if not self._multiples:
+            self._multiples = self._curvature.multiples(self._now, self.steps)
             self._engine.weigh(self._curvature.weights(self._now, self.steps))
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
@@ -367,8 +388,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
-        self._now, self._report = State(), {}
-        self._engine.weigh({})
+        self._now, self._report, self._multiples = State(), {}, {}
         states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
         if all("observations" in state for state in states.values()):
             self._now = self._curvature.restored(states)
