@@ -1,8 +1,8 @@
 """Weights of examples inside the user's own backward pass: a layer's ``.grad`` becomes a weighted sum of gradients.
 
-The layer runs with its parameters held fixed, so that its own graph knows the gradient of its input alone. A function on
-top of it hands the output gradient on unchanged, and gives the parameters the gradient of the weighted one: one product
-for the weight, as always, no per-example gradient, and what earlier layers receive is not altered.
+The layer runs with its parameters held fixed, so that its own graph knows the gradient of its input alone. A function
+on top of it hands the output gradient on unchanged, and gives the parameters the gradient of the weighted one: one
+product for the weight, as always, no per-example gradient, and what earlier layers receive is not altered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from natgrad.capture import Examples, Weights
 from natgrad.layers import Layer
+
 
 class Weighting:
     """``weights`` on one layer, while ``active`` returns which examples are on their way, and not ``None``."""
@@ -64,8 +65,7 @@ class _Weighted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         layer, module = ctx.layer, ctx.layer.module
-        seen = layer.adapter.batched(module, g)
-        x = layer.adapter.batched(module, ctx.saved_tensors[0]).to(g.dtype)
-        w = ctx.weights(ctx.examples, seen).to(g.dtype)
-        gradients = layer.adapter.gradient(module, x, seen * w.view(-1, *(1,) * (seen.ndim - 1)))
+        x, seen = (layer.adapter.batched(module, tensor) for tensor in (ctx.saved_tensors[0], g))
+        w = ctx.weights(ctx.examples, seen)
+        gradients = layer.adapter.gradient(module, x.to(g.dtype), seen, w.to(g.dtype))
         return (g, None, None, None, None, *gradients)

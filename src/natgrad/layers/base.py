@@ -49,8 +49,14 @@ class Adapter(ABC):
         """The layer's output at input x with other weights (and no bias where ``tensors`` has none)."""
 
     @abstractmethod
-    def gradient(self, module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
-        """Gradients of <forward(x), g> in ``parameters(module)``: one product; x and g have their example dimension."""
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
+        """Gradients of sum_n w_n <forward(x)_n, g_n> in ``parameters(module)``; x and g have their examples first."""
+
+
+def weigh(x: Tensor, g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """x and g (n, ...), the smaller of which is multiplied by w (n,)."""
+    wx, wg = (w.view(-1, *(1,) * (y.ndim - 1)) for y in (x, g))
+    return (x * wx, g) if x.numel() < g.numel() else (x, g * wg)
 
 
 def with_ones(a: Tensor, bias: bool) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from natgrad.layers.base import Adapter, with_ones
+from natgrad.layers.base import Adapter, weigh, with_ones
 
 
 class ConvAdapter(Adapter):
@@ -60,17 +60,18 @@ class ConvAdapter(Adapter):
         bias = tensors[1] if len(tensors) == 2 else None
         return module._conv_forward(x, tensors[0], bias)
 
-    def gradient(self, module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
-        """The backward pass of the convolution, without the gradient in x."""
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
+        """The backward pass of the convolution in its weight, and the weighted sum of g."""
         assert isinstance(module, _ConvNd)
-        bias, padding = self.has_bias(module), module.padding
+        padding = module.padding
         if isinstance(padding, str) or module.padding_mode != "zeros":
             x, padding = _padded(module, x), (0,) * len(module.kernel_size)
-        gradients = torch.ops.aten.convolution_backward(
-            g, x, module.weight.to(g.dtype), [module.out_channels] if bias else None, module.stride, padding,
-            module.dilation, False, [0] * len(padding), module.groups, [False, True, bias],
-        )  # fmt: skip
-        return list(gradients[1:]) if bias else [gradients[1]]
+        y, h = weigh(x, g, w)
+        weight = torch.ops.aten.convolution_backward(
+            h, y, module.weight.to(g.dtype), None, module.stride, padding, module.dilation, False,
+            [0] * len(padding), module.groups, [False, True, False],
+        )[1]  # fmt: skip
+        return [weight, (w @ g.flatten(1)).view(module.out_channels, -1).sum(1)] if self.has_bias(module) else [weight]
 
 
 def _padded(module: _ConvNd, x: Tensor) -> Tensor:

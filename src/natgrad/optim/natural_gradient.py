@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,20 +25,9 @@ from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.groups import build_groups
 from natgrad.optim.layerwise import Layerwise, State, blocks, largest
+from natgrad.optim.proposal import Proposal, move
 from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
-
-
-@dataclass(frozen=True)
-class _Proposal:
-    """Everything a step would change, computed before anything is: D is factor times ``moves``, like the parameters."""
-
-    curvature: State
-    moves: Mapping[str, Sequence[Tensor | None]]
-    decision: Decision
-    drift: float
-    lr: float
-    factors: Mapping[str, float]
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -226,7 +214,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._arm()
             raise
 
-    def _propose(self, records: list[Record]) -> _Proposal | None:
+    def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
         curvature = self._advance(records)
         names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
@@ -252,18 +240,17 @@ class NaturalGradient(torch.optim.Optimizer):
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
         moves = {name: self.layers[name].unpack(D) for name, D in directions.D.items()}
-        return _Proposal(curvature, moves, decision, read.get("drift", 0.0), lr, dict.fromkeys(names, 1.0))
+        return Proposal(curvature, moves, dict.fromkeys(names, 1.0), decision, read.get("drift", 0.0), lr)
 
-    def _plain(self, curvature: State, names: list[str]) -> _Proposal | None:
+    def _plain(self, curvature: State, names: list[str]) -> Proposal | None:
         """A step along multiples of the gradients at the cost of SGD: no blocks, no inner products, one number read."""
-        size = self._rest([])
-        if size is not None and not math.isfinite(size):
+        if not math.isfinite(_norm([p.grad for p in self.model.parameters() if p.grad is not None])):
             return None
         shares, lr = self._rates(names)
         moves = {name: [p.grad for p in self.layers[name].parameters] for name in names}
         momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
         factors = {name: self._multiples[name] * share for name, share in shares.items()}
-        return _Proposal(curvature, moves, Decision(1.0, momentum), 0.0, lr, factors)
+        return Proposal(curvature, moves, factors, Decision(1.0, momentum), 0.0, lr)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
@@ -295,13 +282,13 @@ class NaturalGradient(torch.optim.Optimizer):
         lr = max(rates.values(), default=0.0)
         return {name: rates[id(self.layers[name].parameters[0])] / lr if lr else 1.0 for name in names}, lr
 
-    def _apply(self, proposal: _Proposal) -> None:
+    def _apply(self, proposal: Proposal) -> None:
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if proposal.curvature is not self._now:
             for name, curvature in proposal.curvature.items():
                 self._remember(self.layers[name], curvature)
         self._now = proposal.curvature
-        self._move(proposal)
+        move(proposal, self.layers, self.state, self._settings())
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
@@ -317,24 +304,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self.state[weight].update(curvature.state())
         if "momentum" not in self.state[weight]:
             self.state[weight]["momentum"] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
-
-    def _move(self, proposal: _Proposal) -> None:
-        """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0."""
-        settings, mu = self._settings(), proposal.decision.mu
-        for name, layer in self.layers.items():
-            P, group = self.state[layer.parameters[0]]["momentum"], settings[id(layer.parameters[0])]
-            P.mul_(mu if group["lr"] and name in proposal.moves else 0.0)
-            if name not in proposal.moves:
-                continue
-            alpha = proposal.decision.alpha * proposal.factors[name]
-            for parameter, step, D in zip(layer.parameters, layer.unpack(P), proposal.moves[name], strict=True):
-                if D is not None and group["lr"]:
-                    step.add_(D, alpha=alpha)
-                if D is not None and group["nesterov"]:
-                    step = torch.add(mu * step, D, alpha=alpha)
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(step, alpha=-proposal.lr)
 
     # Helpers.
 
@@ -408,4 +377,5 @@ def _has_gradient(layer: Layer) -> bool:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).norm()) if tensors else 0.0
+    wide = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
+    return float(torch.stack(torch._foreach_norm(tensors, 2, wide)).norm()) if tensors else 0.0
