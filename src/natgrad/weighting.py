@@ -36,7 +36,8 @@ class Weighting:
 
     def _hold(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._held = []
-        if torch.is_grad_enabled() and module.weight.requires_grad:
+        weight = module.weight  # not a parameter inside torch.func.functional_call
+        if torch.is_grad_enabled() and isinstance(weight, nn.Parameter) and weight.requires_grad:
             self._examples = self._active(self._layer.adapter.batched(module, args[0]))
             if self._examples is not None:
                 self._held = self._layer.parameters

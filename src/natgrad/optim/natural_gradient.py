@@ -45,7 +45,7 @@ class NaturalGradient(torch.optim.Optimizer):
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
         lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
-        step_size: the policy for alpha and mu; default ``Automatic()``.
+        step_size: the policy for alpha and mu; default ``Automatic()``, for ``FNGD`` ``Constant()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
         nesterov: look ahead by one step of the momentum.
@@ -100,7 +100,8 @@ class NaturalGradient(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         approximation = KFAC() if approximation is None else approximation
-        step_size = Automatic() if step_size is None else step_size
+        if step_size is None:
+            step_size = Constant() if isinstance(approximation, Weighted) else Automatic()
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
         if refresh_every is None:
             refresh_every = getattr(approximation, "refresh_every", 1)
@@ -169,8 +170,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def examples(self, ids: Tensor) -> None:
         """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
-        if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError("ids must be a tensor (n,) of whole numbers, one per example")
+        whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
+        if not whole or (ids < 0).any():
+            raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
         self._engine.ids = ids.to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:

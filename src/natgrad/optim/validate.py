@@ -64,6 +64,8 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name} weighs the gradients of your own loss: leave out likelihood and estimator")
         if settings["observe_fraction"] != 1 or settings["weight_sharing"] != "expand":
             raise ValueError(f"{name} needs every gradient: leave out observe_fraction and weight_sharing")
+        if settings["step_size"].needs_samples({}):
+            raise ValueError(f"{name} weighs examples, which {settings['step_size']!r} does not model: use Constant()")
     if settings["step_size"].needs_inputs and settings["estimator"] == "empirical":
         raise ValueError(f"{settings['step_size']!r} needs a likelihood and an estimator that is not 'empirical'")
     if settings["grad_scaler"] is not None and not hasattr(settings["grad_scaler"], "get_scale"):
