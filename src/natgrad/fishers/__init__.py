@@ -8,6 +8,7 @@ from natgrad.fishers.exact import ExactFisher
 from natgrad.fishers.foof import FOOF
 from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.fngd import FNGD
+from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.ng_plus import NGPlus
 from natgrad.fishers.sngd import SNGD

@@ -30,8 +30,8 @@ class FNGD(Weighted):
 
     The systems are solved in the first ``first_phase`` steps alone (one epoch: ``len(loader)``). After that c is looked
     up, and the user's backward pass sums gradients with these weights: an ordinary step, and a number a layer in place
-    of a matrix. ``.grad`` is then sum_n w_n grad_n with w_n = c_n / mean c, and D = N mean c ``.grad``. The loss must be
-    a mean over examples; an incomplete batch has the first coefficients. How c is looked up (``coefficients``):
+    of a matrix. ``.grad`` is then sum_n w_n grad_n with w_n = c_n / mean c, and D = N mean c ``.grad``. The loss must
+    be a mean over examples; an incomplete batch has the first coefficients. How c is looked up (``coefficients``):
 
     * ``"position_mean"``: by the position in the batch, averaged over the first phase; counted on over micro-batches.
       Where data are shuffled it tends to a constant, like 1/sqrt(batches);

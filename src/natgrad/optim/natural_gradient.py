@@ -171,7 +171,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def examples(self, ids: Tensor) -> None:
         """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
         whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
-        if not whole or (ids < 0).any():
+        if not whole or (ids.device.type == "cpu" and (ids < 0).any()):  # elsewhere it would wait for the device
             raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
         self._engine.ids = ids.to(next(self.model.parameters()).device)
 
