@@ -24,12 +24,14 @@ from torch import Tensor, nn
 import natgrad
 from natgrad import (
     EKFAC,
+    FNGD,
     KFAC,
     SNGD,
     TEKFAC,
     TKFAC,
     Approximation,
     Categorical,
+    Constant,
     Diagonal,
     ExactFisher,
     KLLimit,
@@ -234,6 +236,39 @@ def sngd() -> Figure:
         axes[2].semilogy(torch.linalg.eigvalsh(values).flip(0), "o-", color=colour, label=name)
     axes[2].set(title="eigenvalues of the covariance", xlabel="rank")
     axes[2].legend(frameon=False)
+def coefficients(model: nn.Module, steps: int, n: int) -> tuple[Tensor, Tensor, list[float]]:
+    """What FNGD learns of the layer on shuffled batches, the model standing still.
+
+    |DW_n| and N c, over its mean, of the last batch; and the spread of the average over batches after each of them.
+    """
+    torch.manual_seed(0)
+    x, y = digits()
+    optimizer = NaturalGradient(model, FNGD(steps, normalise=True), step_size=Constant(), lr=0.0)
+    state, spread = optimizer.state[model.get_parameter(f"{LAYER}.weight")], []
+    for _ in range(steps):
+        chosen = torch.randperm(len(x))[:n]
+        optimizer.zero_grad()
+        output = model(x[chosen])
+        nn.functional.cross_entropy(output, y[chosen]).backward()
+        optimizer.step()
+        table = state["stats.total"] / state["stats.seen"]
+        spread.append(float(table.std()))
+    a = torch.cat([model[:2](x[chosen]), torch.ones(n, 1)], -1).detach()  # type: ignore[index]
+    g = (output.softmax(-1) - nn.functional.one_hot(y[chosen], 10)).detach()
+    return a.norm(dim=1) * g.norm(dim=1), state["stats.w"], spread
+
+
+def fngd() -> Figure:
+    """Coefficients of a batch against the size of the gradient, and their spread in an average over batches."""
+    figure, axes = panels(2)
+    size, c, spread = coefficients(trained(), 64, 128)
+    axes[0].plot(size, c, ".", color=INK)
+    axes[0].set(title="coefficients of a batch", xlabel="$|DW_n|$", ylabel="c / mean c")
+    steps = torch.arange(1, len(spread) + 1)
+    axes[1].loglog(steps, spread, color=INK, label="position_mean")
+    axes[1].loglog(steps, spread[0] / steps.sqrt(), "--", color=PALE, label="1 / sqrt(batches)")
+    axes[1].set(title="spread over the positions", xlabel="batches averaged")
+    axes[1].legend()
     return figure
 
 
@@ -264,6 +299,7 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
     woodbury,
     tengrad,
     sngd,
+    fngd,
     damping,
 )
 

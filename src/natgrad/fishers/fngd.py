@@ -51,7 +51,7 @@ class FNGD(Weighted):
     product of g or x with N numbers. Memory: two numbers a layer for every position; example for ``"sample"``; example
     and step for ``"iteration"``. Raises ``ValueError`` for a setting out of range.
 
-    Reference: arXiv 2403.03473, which leaves open how c is looked up.
+    Reference: Ou, Zhu, Huang and Liu, arXiv 2403.03473, which leaves open how c is looked up.
     """
 
     first_phase: int
