@@ -187,7 +187,7 @@ class Engine:
         return self._which
 
     def _count(self, x: Tensor) -> None:
-        self._passing = len(x)
+        self._passing = self._passing or len(x)
         if self.ids is not None and len(self.ids) != len(x):
             raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
 
