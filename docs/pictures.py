@@ -236,6 +236,9 @@ def sngd() -> Figure:
         axes[2].semilogy(torch.linalg.eigvalsh(values).flip(0), "o-", color=colour, label=name)
     axes[2].set(title="eigenvalues of the covariance", xlabel="rank")
     axes[2].legend(frameon=False)
+    return figure
+
+
 def coefficients(model: nn.Module, steps: int, n: int) -> tuple[Tensor, Tensor, list[float]]:
     """What FNGD learns of the layer on shuffled batches, the model standing still.
 

@@ -3,8 +3,8 @@
 from natgrad.fisher import fisher
 from natgrad.fishers import (
     EKFAC,
-    FOOF,
     FNGD,
+    FOOF,
     KFAC,
     SNGD,
     TEKFAC,

@@ -5,9 +5,8 @@ from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
 from natgrad.fishers.exact import ExactFisher
-from natgrad.fishers.foof import FOOF
-from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.fngd import FNGD
+from natgrad.fishers.foof import FOOF
 from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.ng_plus import NGPlus
