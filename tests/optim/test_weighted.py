@@ -246,6 +246,14 @@ def test_the_memory_of_the_second_phase_is_the_table() -> None:
         assert sum(kept.values()) <= 3 * 8 + 2  # w, total and seen of 8 positions; scale; the inverse
 
 
+def test_no_copy_in_lower_precision_is_made_of_a_number() -> None:
+    model = network()
+    optimizer = optimizer_of(model, precision=torch.bfloat16)
+    train(model, optimizer, range(STEPS))
+    for curvature in optimizer._now.values():
+        assert curvature.applied is curvature.inverse
+
+
 def test_after_the_first_phase_nothing_is_recorded() -> None:
     model = network()
     optimizer = optimizer_of(model)

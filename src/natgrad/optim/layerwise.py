@@ -127,7 +127,9 @@ class Layerwise:
         return read_once({name: self.approximation.scale(c.stats) for name, c in state.items() if c.refreshed})
 
     def fast(self, name: str) -> torch.dtype | None:
-        """The lower precision that suits a layer, if any."""
+        """The lower precision that suits the products of a layer, if any."""
+        if isinstance(self.approximation, Weighted):  # which has none
+            return None
         return fast_dtype(self.precision, self.layers[name].parameters[0])
 
     def _merged(
