@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad import (
     EKFAC,
+    FNGD,
     KFAC,
     SNGD,
     TEKFAC,
@@ -31,6 +32,7 @@ from natgrad import (
     Approximation,
     BlockTridiagonal,
     Categorical,
+    Constant,
     Diagonal,
     ExactFisher,
     KLLimit,
@@ -259,6 +261,42 @@ def sngd() -> Figure:
     return figure
 
 
+def coefficients(model: nn.Module, steps: int, n: int) -> tuple[Tensor, Tensor, list[float]]:
+    """What FNGD learns of the layer on shuffled batches, the model standing still.
+
+    |DW_n| and N c, over its mean, of the last batch; and the spread of the average over batches after each of them.
+    """
+    torch.manual_seed(0)
+    x, y = digits()
+    optimizer = NaturalGradient(model, FNGD(steps, normalise=True), step_size=Constant(), lr=0.0)
+    state, spread = optimizer.state[model.get_parameter(f"{LAYER}.weight")], []
+    for _ in range(steps):
+        chosen = torch.randperm(len(x))[:n]
+        optimizer.zero_grad()
+        output = model(x[chosen])
+        nn.functional.cross_entropy(output, y[chosen]).backward()
+        optimizer.step()
+        table = state["stats.total"] / state["stats.seen"]
+        spread.append(float(table.std()))
+    a = torch.cat([model[:2](x[chosen]), torch.ones(n, 1)], -1).detach()  # type: ignore[index]
+    g = (output.softmax(-1) - nn.functional.one_hot(y[chosen], 10)).detach()
+    return a.norm(dim=1) * g.norm(dim=1), state["stats.w"], spread
+
+
+def fngd() -> Figure:
+    """Coefficients of a batch against the size of the gradient, and their spread in an average over batches."""
+    figure, axes = panels(2)
+    size, c, spread = coefficients(trained(), 64, 128)
+    axes[0].plot(size, c, ".", color=INK)
+    axes[0].set(title="coefficients of a batch", xlabel="$|DW_n|$", ylabel="c / mean c")
+    steps = torch.arange(1, len(spread) + 1)
+    axes[1].loglog(steps, spread, color=INK, label="position_mean")
+    axes[1].loglog(steps, spread[0] / steps.sqrt(), "--", color=PALE, label="1 / sqrt(batches)")
+    axes[1].set(title="spread over the positions", xlabel="batches averaged")
+    axes[1].legend()
+    return figure
+
+
 def damping() -> Figure:
     """What the two rules add to EKFAC's eigenvalues, at one damping."""
     figure, axes = panels(2)
@@ -380,6 +418,7 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
     woodbury,
     tengrad,
     sngd,
+    fngd,
     damping,
     block_tridiagonal,
     two_level,

@@ -3,6 +3,7 @@
 from natgrad.fisher import fisher
 from natgrad.fishers import (
     EKFAC,
+    FNGD,
     FOOF,
     KFAC,
     SNGD,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "FOOF",
+    "FNGD",
     "KFAC",
     "SNGD",
     "TEKFAC",

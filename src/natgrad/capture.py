@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,19 @@ _CHUNK = 1 << 25  # elements of per-example gradients, or of products of positio
 
 
 @dataclass(frozen=True)
+class Examples:
+    """Which examples these are: those of step ``step`` from position ``start`` on; their ``ids`` (n,) if told."""
+
+    step: int = 0
+    start: int = 0
+    ids: Tensor | None = None
+
+
+Weights = Callable[[Examples, Tensor], Tensor]
+"""The weights (n,) of examples at one layer, which may depend on the gradients g (n, ...) at its output."""
+
+
+@dataclass(frozen=True)
 class Capture:
     """Layer inputs and output gradients of one batch.
 
@@ -20,13 +33,15 @@ class Capture:
       used (patches of a convolution, tokens of a sequence, calls of a module; t = 1 for an ordinary layer);
     * ``g`` (*groups, n, t, out): gradients of the *sum* of the loss terms at the layer's output (un-averaged);
     * ``count``: number of loss terms; F = 1/count sum_n vec(DW_n) vec(DW_n)^T with DW_n = sum_t g_nt a_nt^T;
-    * ``rows``: number of positions (n t less the masked ones), the divisor of the input covariance.
+    * ``rows``: number of positions (n t less the masked ones), the divisor of the input covariance;
+    * ``examples``: which ones they are.
     """
 
     a: Tensor
     g: Tensor
     count: float | Tensor
     rows: float | Tensor
+    examples: Examples = Examples()
 
     @cached_property
     def flat_a(self) -> Tensor:
@@ -100,8 +115,8 @@ class Capture:
         examples = self.a.shape[-3:-1]
         a = (self.flat_a @ right.to(self.a.dtype)).unflatten(-2, examples)
         g = (self.flat_g @ left.to(self.g.dtype)).unflatten(-2, examples)
-        return Capture(a, g, self.count, self.rows)
+        return Capture(a, g, self.count, self.rows, self.examples)
 
     def to(self, dtype: torch.dtype) -> Capture:
         """The same with ``a`` and ``g`` cast."""
-        return Capture(self.a.to(dtype), self.g.to(dtype), self.count, self.rows)
+        return Capture(self.a.to(dtype), self.g.to(dtype), self.count, self.rows, self.examples)

@@ -3,21 +3,23 @@
 While ``armed``, a forward pass of the model leaves one :class:`Record` behind. With :class:`~natgrad.labels.Labels` the
 gradients are those of the model's own loss terms, sent backwards to the layer outputs alone when the model's forward
 ends: the user's graph stays, and ``.grad`` is never touched. Without, they are taken from the user's own backward pass.
+Only ``weigh`` changes what a backward pass leaves in ``.grad``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Examples, Weights
 from natgrad.labels import Labels
 from natgrad.layers import Layer
+from natgrad.weighting import Weighting
 
 Sharing = Literal["expand", "reduce"]
 
@@ -37,12 +39,14 @@ class Record:
 
     ``terms``: weights (n, terms) of the loss terms, or the number of terms of one example. ``live``: whether the user's
     backward pass has reached this forward pass. ``scale``: what the recorded gradients must be multiplied by.
+    ``which``: the examples.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     terms: Tensor | float = 1.0
     live: bool = False
     scale: float = 1.0
+    which: Examples = Examples()
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     targets: Tensor | None = None
 
@@ -98,7 +102,7 @@ class Record:
             used = kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
             a, g, rows = a.sum(-2, keepdim=True), g.sum(-2, keepdim=True) / used, examples
-        return Capture(a, g, self.count(n), rows)
+        return Capture(a, g, self.count(n), rows, self.which)
 
 
 class Engine:
@@ -114,6 +118,11 @@ class Engine:
         self.armed = False
         self.keep_inputs = False
         self.labels = labels
+        self.needs_ids = False
+        self.ids: Tensor | None = None
+        self._model, self._passing = model, 0
+        self._weightings: list[Weighting] = []
+        self._which = Examples()
         self._only_training = only_training
         self._records: list[Record] = []
         self._current: Record | None = None
@@ -125,8 +134,19 @@ class Engine:
 
     def close(self) -> None:
         """Take all hooks off the model."""
+        self.weigh({})
         for handle in self._handles:
             handle.remove()
+
+    def begin(self, step: int) -> None:
+        """Count the examples of this step from the next forward pass on."""
+        self._which = Examples(step)
+
+    def weigh(self, weights: Mapping[Layer, Weights]) -> None:
+        """Weigh the examples of these layers, and of no others, in the user's backward passes from now on."""
+        for weighting in self._weightings:
+            weighting.close()
+        self._weightings = [Weighting(layer, weights[layer], self._on_their_way) for layer in weights]
 
     def everything(self) -> list[Record]:
         """All records, which are then forgotten."""
@@ -147,14 +167,36 @@ class Engine:
         self._records = [record for record in self._records if only_live and not record.live]
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        recording = self.armed and torch.is_grad_enabled() and (model.training or not self._only_training)
-        self._current = Record() if recording else None
+        self._current = None
+        if not self._training:
+            return
+        if self.needs_ids and self.ids is None:
+            raise ValueError("coefficients of examples need their ids: call optimizer.examples(ids) before model(x)")
+        self._which, self._passing = replace(self._which, ids=self.ids), 0
+        self._current = Record(which=self._which) if self.armed else None
+
+    @property
+    def _training(self) -> bool:
+        return torch.is_grad_enabled() and (self._model.training or not self._only_training)
+
+    def _on_their_way(self, x: Tensor) -> Examples | None:
+        """The examples that reach a layer with input x; ``None`` outside of training."""
+        if not self._training:
+            return None
+        self._count(x)
+        return self._which
+
+    def _count(self, x: Tensor) -> None:
+        self._passing = self._passing or len(x)
+        if self.ids is not None and len(self.ids) != len(x):
+            raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
 
     def _layer_hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._current is None or not output.requires_grad:
                 return
             call = Call(layer.adapter.batched(module, args[0].detach()), None)
+            self._count(call.x)
             if self.labels is None:
                 output.register_hook(_gather(self._current, call))
             else:
@@ -165,6 +207,9 @@ class Engine:
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         record, self._current = self._current, None
+        if self._passing:
+            self._which, self._passing = replace(self._which, start=self._which.start + self._passing), 0
+            self.ids = None
         if record is None or not record.calls:
             return
         if self.keep_inputs:

@@ -11,7 +11,7 @@ from torch import nn
 
 from natgrad.capture import Capture
 from natgrad.engine import Engine, Sharing
-from natgrad.fishers import Approximation, Coupled, Stats, pool
+from natgrad.fishers import Approximation, Coupled, Stats, Weighted, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import Layer, cover
 from natgrad.likelihoods import Likelihood
@@ -57,6 +57,8 @@ def fisher(
     _check(estimator, draws, weight_sharing)
     if isinstance(approximation, Coupled):
         raise ValueError(f"{type(approximation).__name__} joins layers in its inverse and has no matrix per layer")
+    if isinstance(approximation, Weighted):
+        raise ValueError(f"{type(approximation).__name__} weighs examples and has no matrix per layer")
     layers = cover(model).layers
     if not layers:
         raise ValueError("the model has no layer that an adapter covers")

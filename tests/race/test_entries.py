@@ -3,7 +3,7 @@ import torch
 
 import natgrad
 from natgrad.race.entries import ENTRIES, find, with_policies
-from natgrad.race.run import Rules, run
+from natgrad.race.run import Rules, batches, run
 from natgrad.race.tasks import Task
 
 FIRST_ORDER = [name for name, entry in ENTRIES.items() if not entry.natural]
@@ -62,3 +62,27 @@ def test_an_entry_may_have_a_policy_of_its_own_which_brackets_override(tiny: Tas
     for name, policy in (("woodbury", natgrad.KLLimit), ("woodbury[constant]", natgrad.Constant)):
         entry = find(name)
         assert isinstance(entry.build(tiny.model(tiny.data(None)), tiny, entry.defaults).step_size, policy)
+
+
+@pytest.mark.parametrize("name", ["fngd", "fngd[scalar]", "fngd[sample]", "fngd[quantile]", "fngd[recompute]"])
+def test_fngd_learns_for_an_epoch_by_each_of_its_rules(tiny: Task, name: str) -> None:
+    entry = find(name)
+    done = run(tiny, tiny.data(None), entry, settings=entry.defaults, seed=0, rules=Rules(3))
+    assert done.stopped == "" and done.curve[-1].loss < done.curve[0].loss
+    optimizer = entry.start(tiny.model(tiny.data(None)), tiny, {**entry.defaults, "schedule": "cosine"}, 6)
+    rule = name.removeprefix("fngd").strip("[]") or "position_mean"
+    found = optimizer._curvature.approximation
+    assert (found.coefficients, found.first_phase) == (rule, 6)
+
+
+def test_a_variant_of_fngd_may_be_a_policy_and_an_unknown_one_is_listed() -> None:
+    assert find("fngd[kl]").defaults["step_size"] == "kl"
+    with pytest.raises(ValueError, match=r"there are kl.*scalar, sample"):
+        find("fngd[mean]")
+
+
+def test_batches_say_which_examples_they_have() -> None:
+    x = torch.arange(10.0)
+    dealt = list(batches((x, 2 * x), 3, torch.Generator()))
+    assert [len(ids) for _, _, ids in dealt] == [3, 3, 3]
+    assert all(torch.equal(here, x[ids]) and torch.equal(y, 2 * x[ids]) for here, y, ids in dealt)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Weights
 from natgrad.fishers.statistics import Stats, pool
 from natgrad.matrix import LinearMap, Matrix, NetworkMap
 
@@ -19,9 +20,10 @@ class Approximation(ABC):
 
     To write one: say which statistics of a batch it needs (:meth:`observe`) and which matrix they make
     (:meth:`assemble`). Averaging over time, damping, placement and checkpoints are not its business, nor is cadence but
-    for ``refresh_every``, the steps between new matrices that suit it.
+    for ``observe_every`` and ``refresh_every``, the steps between observations and new matrices that suit it.
     """
 
+    observe_every: ClassVar[int] = 4
     refresh_every: ClassVar[int] = 10
 
     @abstractmethod
@@ -47,6 +49,18 @@ class Approximation(ABC):
     def invert(self, matrix: Matrix, damping: float) -> LinearMap:
         """The damped inverse that training steps are taken with: by default the matrix's own."""
         return matrix.inverse(damping)
+
+    @property
+    def together(self) -> bool:
+        """Whether all layers are observed at once, by :meth:`observe_together`."""
+        return False
+
+    def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> Mapping[str, Stats]:
+        """The statistics of one observation for every layer, in the order of the model; by default each on its own.
+
+        A layer that no forward pass reached has no captures, and gets no statistics or empty ones.
+        """
+        return {name: pool(self.observe(capture) for capture in captures) for name, captures in seen.items()}
 
     @property
     def corrects(self) -> bool:
@@ -78,13 +92,43 @@ class Coupled(Approximation):
     approximation; :meth:`couple` makes one map of the whole network out of them, whenever one of them has changed.
     """
 
-    def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> Mapping[str, Stats]:
-        """The statistics of one observation for every layer, in the order of the model; by default each on its own.
-
-        A layer that no forward pass reached has no captures, and gets no statistics or empty ones.
-        """
-        return {name: pool(self.observe(capture) for capture in captures) for name, captures in seen.items()}
+    @property
+    def together(self) -> bool:
+        """Always."""
+        return True
 
     @abstractmethod
     def couple(self, parts: Mapping[str, Part]) -> NetworkMap:
         """The map D = map @ M on dicts of blocks; it must accept an M that lacks some of the layers."""
+
+
+class Weighted(Approximation):
+    """An approximation whose direction is D = sum_n c_n DW_n, a weighted sum of the gradients of the user's own loss.
+
+    It learns the coefficients c in a first phase, from the examples of every step. After that gradients are weighted by
+    what it has learnt as they are summed, in the user's backward pass, and a matrix is left to be the scale.
+    """
+
+    observe_every: ClassVar[int] = 1
+    refresh_every: ClassVar[int] = 1
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether it tells examples apart by the ids that a user gives them."""
+        return False
+
+    @abstractmethod
+    def learns(self, step: int) -> bool:
+        """Whether this step belongs to the first phase."""
+
+    @abstractmethod
+    def direction(self, stats: Stats, seen: Sequence[Capture]) -> Tensor:
+        """D (*groups, out, in) for the batches just merged into ``stats``."""
+
+    @abstractmethod
+    def weights(self, stats: Stats) -> Weights | None:
+        """The weights (n,) of the examples after the first phase, or ``None`` if all are 1."""
+
+    @abstractmethod
+    def scale(self, stats: Stats) -> Tensor:
+        """The number that times the gradient so weighted is D."""

@@ -48,6 +48,22 @@ class Adapter(ABC):
     def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
         """The layer's output at input x with other weights (and no bias where ``tensors`` has none)."""
 
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
+        """Gradients of sum_n w_n <forward(x)_n, g_n> in ``parameters(module)``; x and g have their examples first.
+
+        By default through autograd, at the price of a forward pass.
+        """
+        with torch.enable_grad():
+            tensors = [p.detach().requires_grad_() for p in self.parameters(module)]
+            y = self.forward(module, tensors, x.detach())
+            return list(torch.autograd.grad(y, tensors, g * w.view(-1, *(1,) * (g.ndim - 1))))
+
+
+def weigh(x: Tensor, g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """x and g (n, ...), the smaller of which is multiplied by w (n,)."""
+    wx, wg = (w.view(-1, *(1,) * (y.ndim - 1)) for y in (x, g))
+    return (x * wx, g) if x.numel() < g.numel() else (x, g * wg)
+
 
 def with_ones(a: Tensor, bias: bool) -> Tensor:
     """``a`` with a last column of ones, if there is a bias."""

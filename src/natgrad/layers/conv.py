@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from natgrad.layers.base import Adapter, with_ones
+from natgrad.layers.base import Adapter, weigh, with_ones
 
 
 class ConvAdapter(Adapter):
@@ -24,10 +24,7 @@ class ConvAdapter(Adapter):
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """Patches (n, t, C k), or (groups, n, t, C/groups k); costs k times the memory of x."""
         assert isinstance(module, _ConvNd)
-        patches = x
-        if any(module._reversed_padding_repeated_twice):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            patches = F.pad(patches, module._reversed_padding_repeated_twice, mode=mode)
+        patches = _padded(module, x)
         for axis, (kernel, stride, dilation) in enumerate(
             zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
         ):
@@ -62,6 +59,26 @@ class ConvAdapter(Adapter):
         assert isinstance(module, _ConvNd)
         bias = tensors[1] if len(tensors) == 2 else None
         return module._conv_forward(x, tensors[0], bias)
+
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
+        """The backward pass of the convolution in its weight, and the weighted sum of g."""
+        assert isinstance(module, _ConvNd)
+        padding = module.padding
+        if isinstance(padding, str) or module.padding_mode != "zeros":
+            x, padding = _padded(module, x), (0,) * len(module.kernel_size)
+        y, h = weigh(x, g, w)
+        weight = torch.ops.aten.convolution_backward(
+            h, y, module.weight.to(g.dtype), None, module.stride, padding, module.dilation, False,
+            [0] * len(padding), module.groups, [False, True, False],
+        )[1]  # fmt: skip
+        return [weight, (w @ g.flatten(1)).view(module.out_channels, -1).sum(1)] if self.has_bias(module) else [weight]
+
+
+def _padded(module: _ConvNd, x: Tensor) -> Tensor:
+    if not any(module._reversed_padding_repeated_twice):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
 def _split(a: Tensor, groups: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natgrad.layers.base import Adapter, with_ones
+from natgrad.layers.base import Adapter, weigh, with_ones
 
 
 class LinearAdapter(Adapter):
@@ -35,6 +35,12 @@ class LinearAdapter(Adapter):
     def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
         """x W^T + b."""
         return F.linear(x, *tensors)
+
+    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
+        """g^T diag(w) x, and g^T w."""
+        y, h = weigh(x, g, w)
+        weight = h.flatten(0, -2).mT @ y.flatten(0, -2)
+        return [weight, (w @ g.flatten(1)).view(-1, g.shape[-1]).sum(0)] if self.has_bias(module) else [weight]
 
 
 def _positions(x: Tensor) -> Tensor:

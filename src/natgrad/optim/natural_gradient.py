@@ -6,14 +6,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.engine import Engine, Record, Sharing
-from natgrad.fishers import KFAC, Approximation
+from natgrad.fishers import KFAC, Approximation, Weighted
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import Layer, cover
 from natgrad.likelihoods import Likelihood
@@ -26,19 +25,9 @@ from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.groups import build_groups
 from natgrad.optim.layerwise import Layerwise, State, blocks, largest
-from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
+from natgrad.optim.proposal import Proposal, move
+from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
-
-
-@dataclass(frozen=True)
-class _Proposal:
-    """Everything a step would change, computed before anything is."""
-
-    curvature: State
-    directions: Directions
-    decision: Decision
-    drift: float
-    lr: float
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -56,13 +45,14 @@ class NaturalGradient(torch.optim.Optimizer):
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
         lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
-        step_size: the policy for alpha and mu; default ``Automatic()``.
+        step_size: the policy for alpha and mu; default ``Automatic()``, for ``FNGD`` ``Constant()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
         nesterov: look ahead by one step of the momentum.
         weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
         decay: weight of the old statistics in the moving averages.
-        observe_every: steps between observations; the first steps observe more often.
+        observe_every: steps between observations, default as it suits the approximation (4, or 1); the first steps
+            observe more often.
         refresh_every: steps between new matrices, default as it suits the approximation (10; 20 for eigenbases); the
             first steps refresh more often.
         observe_fraction: the share of the batch, its first examples, that statistics are taken on.
@@ -97,7 +87,7 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: float = 0.85,
-        observe_every: int = 4,
+        observe_every: int | None = None,
         refresh_every: int | None = None,
         observe_fraction: float = 1.0,
         staggered: bool = False,
@@ -110,10 +100,13 @@ class NaturalGradient(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         approximation = KFAC() if approximation is None else approximation
-        step_size = Automatic() if step_size is None else step_size
+        if step_size is None:
+            step_size = Constant() if isinstance(approximation, Weighted) else Automatic()
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
         if refresh_every is None:
             refresh_every = getattr(approximation, "refresh_every", 1)
+        if observe_every is None:
+            observe_every = getattr(approximation, "observe_every", 1)
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
         found = cover(model, exclude)
@@ -130,10 +123,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
+        self._multiples: dict[str, float] = {}
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         self._engine = Engine(model, found.layers.values(), labels)
         self._engine.keep_inputs = step_size.needs_inputs
+        self._engine.needs_ids = isinstance(approximation, Weighted) and approximation.needs_ids
         self._arm()
 
     # What a user reads.
@@ -172,6 +167,13 @@ class NaturalGradient(torch.optim.Optimizer):
         """Tell the true labels of the coming forward pass; only a likelihood that ignores some of them needs it."""
         if self._engine.labels is not None:
             self._engine.labels.targets = targets
+
+    def examples(self, ids: Tensor) -> None:
+        """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
+        whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
+        if not whole or (ids.device.type == "cpu" and (ids < 0).any()):  # elsewhere it would wait for the device
+            raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
+        self._engine.ids = ids.to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:
         return coverage_table(self.model, self.layers, self._now, self.uncovered)
@@ -214,10 +216,12 @@ class NaturalGradient(torch.optim.Optimizer):
             self._arm()
             raise
 
-    def _propose(self, records: list[Record]) -> _Proposal | None:
+    def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
         curvature = self._advance(records)
         names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
+        if self._multiples and type(self.step_size) is Constant:
+            return self._plain(curvature, names)
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
@@ -237,7 +241,18 @@ class NaturalGradient(torch.optim.Optimizer):
         situation = Situation(read, lr, momentum, self._clock["memory"], capacity)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
-        return _Proposal(curvature, directions, decision, read.get("drift", 0.0), lr)
+        moves = {name: self.layers[name].unpack(D) for name, D in directions.D.items()}
+        return Proposal(curvature, moves, dict.fromkeys(names, 1.0), decision, read.get("drift", 0.0), lr)
+
+    def _plain(self, curvature: State, names: list[str]) -> Proposal | None:
+        """A step along multiples of the gradients at the cost of SGD: no blocks, no inner products, one number read."""
+        if not math.isfinite(_norm([p.grad for p in self.model.parameters() if p.grad is not None])):
+            return None
+        shares, lr = self._rates(names)
+        moves = {name: [p.grad for p in self.layers[name].parameters] for name in names}
+        momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
+        factors = {name: self._multiples[name] * share for name, share in shares.items()}
+        return Proposal(curvature, moves, factors, Decision(1.0, momentum), 0.0, lr)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
@@ -250,32 +265,37 @@ class NaturalGradient(torch.optim.Optimizer):
     def _directions(
         self, layers: dict[str, Layer], curvature: State, records: list[Record]
     ) -> tuple[Directions, float]:
-        """The directions of the step, and the learning rate that they all share: the largest of the groups."""
+        """The directions of the step, and the learning rate that they all share."""
         M = blocks(layers)
         D = self._curvature.precondition(curvature, M)
         P = {name: self.state[layer.parameters[0]].get("momentum") for name, layer in layers.items()}
         P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
-        rates = {key: group["lr"] for key, group in self._settings().items()}
-        lr = max(rates.values(), default=0.0)
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
-        shares = [rates[id(layer.parameters[0])] / lr if lr else 1.0 for layer in layers.values()]
-        return (directions if all(share == 1.0 for share in shares) else directions.scaled(shares)), lr
+        shares, lr = self._rates(layers)
+        every = list(shares.values())
+        return (directions if all(share == 1.0 for share in every) else directions.scaled(every)), lr
 
-    def _apply(self, proposal: _Proposal) -> None:
+    def _rates(self, names: Iterable[str]) -> tuple[dict[str, float], float]:
+        """The largest learning rate of the groups, and what share of it every layer has."""
+        rates = {key: group["lr"] for key, group in self._settings().items()}
+        lr = max(rates.values(), default=0.0)
+        return {name: rates[id(self.layers[name].parameters[0])] / lr if lr else 1.0 for name in names}, lr
+
+    def _apply(self, proposal: Proposal) -> None:
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
+        if proposal.curvature is not self._now:
+            for name, curvature in proposal.curvature.items():
+                self._remember(self.layers[name], curvature)
         self._now = proposal.curvature
-        for name, curvature in proposal.curvature.items():
-            self._remember(self.layers[name], curvature)
-        self._move(proposal)
+        move(proposal, self.layers, self.state, self._settings())
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
-        stepped = proposal.directions.layers
         rates = {key: group["lr"] for key, group in self._settings().items()}
-        unseen = [p for name, layer in self.layers.items() if name not in stepped for p in layer.parameters]
+        unseen = [p for name, layer in self.layers.items() if name not in proposal.moves for p in layer.parameters]
         adamw_step([p for p in unseen if rates[id(p)]], self.state, self._adamw)
 
     def _remember(self, layer: Layer, curvature: LayerCurvature) -> None:
@@ -286,25 +306,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self.state[weight].update(curvature.state())
         if "momentum" not in self.state[weight]:
             self.state[weight]["momentum"] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
-
-    def _move(self, proposal: _Proposal) -> None:
-        """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0."""
-        directions, decision, lr = proposal.directions, proposal.decision, proposal.lr
-        settings = self._settings()
-        for name, layer in self.layers.items():
-            if name not in directions.layers:
-                self.state[layer.parameters[0]]["momentum"].zero_()
-                continue
-            group = settings[id(layer.parameters[0])]
-            D, P = directions.D[name], directions.P[name]
-            step = P.mul_(decision.mu).add_(D, alpha=decision.alpha) if group["lr"] else P.zero_()
-            self.state[layer.parameters[0]]["momentum"] = step
-            if group["nesterov"]:
-                step = decision.mu * step + decision.alpha * D
-            for parameter, move in zip(layer.parameters, layer.unpack(step), strict=True):
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(move, alpha=-lr)
 
     # Helpers.
 
@@ -344,7 +345,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         self._engine.armed = self.step_size.needs_samples(self._clock["memory"])
-        self._engine.armed |= self._curvature.cadence.observes(self.steps)
+        self._engine.armed |= self._curvature.observes(self.steps)
+        self._engine.begin(self.steps)
+        if not self._multiples:
+            self._multiples = self._curvature.multiples(self._now, self.steps)
+            self._engine.weigh(self._curvature.weights(self._now, self.steps))
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
 
@@ -354,7 +359,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
-        self._now, self._report = State(), {}
+        self._now, self._report, self._multiples = State(), {}, {}
         states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
         if all("observations" in state for state in states.values()):
             self._now = self._curvature.restored(states)
@@ -374,4 +379,5 @@ def _has_gradient(layer: Layer) -> bool:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).norm()) if tensors else 0.0
+    wide = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
+    return float(torch.stack(torch._foreach_norm(tensors, 2, wide)).norm()) if tensors else 0.0

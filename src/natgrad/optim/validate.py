@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from natgrad.fishers import Approximation
+from natgrad.fishers import Approximation, Weighted
 from natgrad.labels import check_estimator
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.damping import ConstantDamping, Damping, LevenbergMarquardt
@@ -58,6 +58,14 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"estimator {settings['estimator']!r} needs a likelihood; without one only 'empirical' is possible"
         )
+    if isinstance(approximation, Weighted):
+        name = type(approximation).__name__
+        if settings["estimator"] != "empirical":
+            raise ValueError(f"{name} weighs the gradients of your own loss: leave out likelihood and estimator")
+        if settings["observe_fraction"] != 1 or settings["weight_sharing"] != "expand":
+            raise ValueError(f"{name} needs every gradient: leave out observe_fraction and weight_sharing")
+        if settings["step_size"].needs_samples({}):
+            raise ValueError(f"{name} weighs examples, which {settings['step_size']!r} does not model: use Constant()")
     if settings["step_size"].needs_inputs and settings["estimator"] == "empirical":
         raise ValueError(f"{settings['step_size']!r} needs a likelihood and an estimator that is not 'empirical'")
     if settings["grad_scaler"] is not None and not hasattr(settings["grad_scaler"], "get_scale"):

@@ -11,9 +11,9 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from natgrad.race.data import Dataset, Pair
+from natgrad.race.data import Dataset
 from natgrad.race.entries import Entry, Settings
 from natgrad.race.floors import floor_flops
 from natgrad.race.run import batches, train_step
@@ -113,11 +113,10 @@ def start(task: Task, data: Dataset, entry: Entry, settings: Settings, device: t
     """Build the model and the optimizer of an entry."""
     torch.manual_seed(0)
     model = task.model(data).to(device)
-    own = {key: value for key, value in settings.items() if key != "schedule"}
-    return Racer(entry, model, entry.build(model, task, own))
+    return Racer(entry, model, entry.start(model, task, settings, 1))  # what is learnt in an epoch is then learnt
 
 
-def _timed_step(task: Task, racer: Racer, batch: Pair, device: torch.device) -> None:
+def _timed_step(task: Task, racer: Racer, batch: tuple[Tensor, ...], device: torch.device) -> None:
     kind, cuda = racer.kind(), device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +23,23 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class Entry:
-    """A racer: `build(model, task, settings)` makes its optimizer, `space(trial)` draws settings."""
+    """A racer: `build(model, task, settings)` makes its optimizer, `space(trial)` draws settings.
+
+    `variants` are settings with a name. One that `learns` in its first epoch is told the steps of it, `first_phase`.
+    """
 
     name: str
     build: Callable[[nn.Module, Task, Settings], Any]
     space: Callable[[Trial], dict[str, Any]]
     defaults: Settings = field(default_factory=dict)
     natural: bool = False
+    variants: Mapping[str, Settings] = field(default_factory=dict)
+    learns: bool = False
+
+    def start(self, model: nn.Module, task: Task, settings: Settings, steps: int) -> Any:
+        """Its optimizer, for epochs of so many steps."""
+        own = {key: value for key, value in settings.items() if key != "schedule"}
+        return self.build(model, task, {"first_phase": steps, **own} if self.learns else own)
 
     @property
     def base(self) -> str:
@@ -137,13 +147,27 @@ def natural(approximation: Callable[[], Any], **own: Any) -> Callable[[nn.Module
     """
 
     def build(model: nn.Module, task: Task, settings: Settings) -> Any:
-        rest = {**own, **settings}
-        policy = rest.pop("step_size", "default")
-        if policy != "default":
-            rest["step_size"] = POLICIES[policy]() if isinstance(policy, str) else policy
+        rest = _with_policy({**own, **settings})
         return natgrad.NaturalGradient(model, approximation(), likelihood=task.likelihood(), **rest)
 
     return build
+
+
+def fngd(model: nn.Module, task: Task, settings: Settings) -> Any:
+    """FNGD, which takes the gradients of the loss itself."""
+    own = {field.name for field in fields(natgrad.FNGD)}
+    method = natgrad.FNGD(**{key: value for key, value in settings.items() if key in own})
+    return natgrad.NaturalGradient(
+        model, method, **_with_policy({key: value for key, value in settings.items() if key not in own})
+    )
+
+
+def _with_policy(settings: Settings) -> dict[str, Any]:
+    rest = dict(settings)
+    policy = rest.pop("step_size", "default")
+    if policy != "default":
+        rest["step_size"] = POLICIES[policy]() if isinstance(policy, str) else policy
+    return rest
 
 
 def _sgd_space(trial: Trial) -> dict[str, Any]:
@@ -200,11 +224,22 @@ def _natural_space(trial: Trial) -> dict[str, Any]:
     }
 
 
+def _fngd_space(trial: Trial) -> dict[str, Any]:
+    return {
+        "lr": trial.suggest_float("lr", 1e-4, 1.0, log=True),
+        "momentum": trial.suggest_categorical("momentum", [0.9, 0.95, 0.99]),
+        "mu": trial.suggest_float("mu", 1e-2, 1e2, log=True),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
 SHAMPOO_CADENCE = {"preconditioning_compute_steps": 10, "start_preconditioning_step": 10}
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
 MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "adam_lr": 1e-3, "ends": False}
 SOAP = {"lr": 1e-2, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.0, "precondition_frequency": 10}
 SHAMPOO = {"lr": 4e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "matrix_eps": 1e-2, **SHAMPOO_CADENCE}
+FNGD = {"lr": 0.01, "momentum": 0.9, "mu": 1.0}
+FNGD_VARIANTS = {rule: {"coefficients": rule} for rule in ("scalar", "sample", "quantile", "recompute")}
 
 TWO_LEVEL: dict[str, Callable[[], Any]] = {
     "two-level": lambda: natgrad.TwoLevel(),
@@ -237,6 +272,7 @@ ENTRIES = {
         Entry("kfac-tridiagonal", natural(lambda: natgrad.BlockTridiagonal()), _natural_space, natural=True),
         *(Entry(name, natural(make), _natural_space, natural=True) for name, make in TWO_LEVEL.items()),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
+        Entry("fngd", fngd, _fngd_space, FNGD, natural=True, variants=FNGD_VARIANTS, learns=True),
     )
 }
 
@@ -248,9 +284,12 @@ def find(name: str) -> Entry:
         raise ValueError(f"no entry {name!r}: there are {', '.join(ENTRIES)}")
     if not policy:
         return ENTRIES[base]
-    if policy not in POLICIES:
-        raise ValueError(f"no step-size policy {policy!r} in {name!r}: there are {', '.join(POLICIES)}")
     chosen = ENTRIES[base]
+    if policy in chosen.variants:
+        return replace(chosen, name=name, defaults={**chosen.defaults, **chosen.variants[policy]})
+    if policy not in POLICIES:
+        known = ", ".join([*POLICIES, *chosen.variants])
+        raise ValueError(f"no step-size policy {policy!r} in {name!r}: there are {known}")
     if not chosen.natural:
         raise ValueError(f"{base} has no step-size policies: there are variants of natural entries only")
     return replace(chosen, name=name, defaults={**chosen.defaults, "step_size": policy})

@@ -108,8 +108,9 @@ def train(task: Task, data: Dataset, entry: Entry, *, settings: Settings, seed: 
     """Yield the state before training and then after every epoch."""
     torch.manual_seed(seed)
     model = task.model(data).to(rules.device)
-    optimizer = entry.build(model, task, {k: v for k, v in settings.items() if k != "schedule"})
-    scale = schedule(settings.get("schedule", "constant"), rules.epochs * steps_per_epoch(task, data))
+    steps = steps_per_epoch(task, data)
+    optimizer = entry.start(model, task, settings, steps)
+    scale = schedule(settings.get("schedule", "constant"), rules.epochs * steps)
     rates = [group["lr"] for group in optimizer.param_groups]
     order = torch.Generator().manual_seed(seed)
     step, seconds = 0, 0.0
@@ -117,11 +118,11 @@ def train(task: Task, data: Dataset, entry: Entry, *, settings: Settings, seed: 
     for number in range(1, rules.epochs + 1):
         losses = []
         start = clock(rules.device) - seconds
-        for x, y in batches(data.train, task.batch, order):
+        for x, y, ids in batches(data.train, task.batch, order):
             if settings.get("schedule", "constant") != "constant":
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * scale(step)
-            losses.append(train_step(task, model, optimizer, x, y))
+            losses.append(train_step(task, model, optimizer, x, y, ids))
             step += 1
             if time.perf_counter() - start > rules.budget:
                 break
@@ -135,26 +136,28 @@ def train(task: Task, data: Dataset, entry: Entry, *, settings: Settings, seed: 
             return
 
 
-def train_step(task: Task, model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+def train_step(task: Task, model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
     """Take one step of the plain loop; returns the loss of the batch.
 
-    A natural gradient is told the targets, for likelihoods that ignore some of them.
+    A natural gradient is told the targets, for likelihoods that ignore some of them, and which examples these are.
     """
     optimizer.zero_grad()
     if hasattr(optimizer, "targets"):
         optimizer.targets(y)
+    if hasattr(optimizer, "examples") and ids is not None:
+        optimizer.examples(ids)
     loss = task.loss(model(x), y)
     loss.backward()
     optimizer.step()
     return loss.detach()
 
 
-def batches(pair: Pair, size: int, order: torch.Generator) -> Iterator[Pair]:
-    """Deal the examples out in shuffled batches of equal size; a last incomplete one is left out."""
+def batches(pair: Pair, size: int, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Deal the examples out, with their numbers, in shuffled batches of one size; a last incomplete one is left out."""
     x, y = pair
     deal = torch.randperm(len(x), generator=order).to(x.device)
     for chosen in deal[: len(x) // size * size].split(size):
-        yield x[chosen], y[chosen]
+        yield x[chosen], y[chosen], chosen
 
 
 def steps_per_epoch(task: Task, data: Dataset) -> int:

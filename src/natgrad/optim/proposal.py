@@ -1,0 +1,58 @@
+"""What a step would change, and the change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.layers import Layer
+from natgrad.optim.layerwise import State
+from natgrad.optim.step_size import Decision
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Everything a step would change, computed before anything is.
+
+    The direction D of a layer is ``factors`` times ``moves``: tensors like its parameters, ``None`` standing for zeros.
+    """
+
+    curvature: State
+    moves: Mapping[str, Sequence[Tensor | None]]
+    factors: Mapping[str, float]
+    decision: Decision
+    drift: float
+    lr: float
+
+
+def move(
+    proposal: Proposal, layers: Mapping[str, Layer], state: Mapping[Any, dict[str, Any]], settings: Mapping[int, Any]
+) -> None:
+    """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0.
+
+    P is the ``momentum`` in the state of a layer's weight; ``settings`` are the groups of parameters by their ids.
+    """
+    mu = proposal.decision.mu
+    for name, layer in layers.items():
+        parameters = layer.parameters
+        P, group = state[parameters[0]]["momentum"], settings[id(parameters[0])]
+        moves = proposal.moves.get(name)
+        if moves is None or not group["lr"]:
+            P.zero_()
+        if moves is None:
+            continue
+        alpha = proposal.decision.alpha * proposal.factors[name]
+        for parameter, step, D in zip(parameters, layer.unpack(P), moves, strict=True):
+            if group["lr"]:
+                step.mul_(mu)
+            if group["lr"] and D is not None:
+                step.add_(D, alpha=alpha)
+            if group["nesterov"]:
+                step = mu * step if D is None else torch.add(mu * step, D, alpha=alpha)
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(step, alpha=-proposal.lr)

@@ -1,0 +1,496 @@
+"""FNGD in training: two phases in an unchanged loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from training import Batch, batch, copy_of, network, noise, same, through_a_file, values
+
+from natgrad import (
+    EKFAC,
+    FNGD,
+    AdaptiveKLLimit,
+    Automatic,
+    Categorical,
+    Constant,
+    KLLimit,
+    NaturalGradient,
+    QuadraticModel,
+)
+from oracles import assert_equal, per_example_gradients
+
+RULES = ("position_mean", "sample", "iteration", "quantile", "scalar", "recompute")
+every_rule_but_quantile = pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "quantile"])
+every_rule = pytest.mark.parametrize("rule", RULES)
+STEPS = 12
+PHASE = 5
+
+
+def optimizer_of(model: nn.Module, rule: Any = "position_mean", phase: int = PHASE, **settings: Any) -> NaturalGradient:
+    own = {name: settings.pop(name) for name in ("mu", "unit", "share", "normalise") if name in settings}
+    settings = {"step_size": Constant(), "lr": 1e-3, "momentum": 0.0, **settings}
+    return NaturalGradient(model, FNGD(phase, rule, **own), **settings)
+
+
+def data(step: int, n: int = 8) -> Batch:
+    """As many batches as steps in an epoch, which come back."""
+    return noise(step % PHASE, n)
+
+
+def ids(step: int, n: int = 8) -> Tensor:
+    return torch.arange(n) + 8 * (step % PHASE)
+
+
+def backward(model: nn.Module, optimizer: NaturalGradient, step: int, parts: int = 1, n: int = 8) -> None:
+    optimizer.zero_grad()
+    x, y = data(step, n)
+    for x_part, y_part, which in zip(x.chunk(parts), y.chunk(parts), ids(step, n).chunk(parts), strict=True):
+        optimizer.examples(which)
+        (F.cross_entropy(model(x_part), y_part) / parts).backward()
+
+
+def train(model: nn.Module, optimizer: NaturalGradient, steps: Sequence[int], parts: int = 1) -> None:
+    for step in steps:
+        backward(model, optimizer, step, parts)
+        optimizer.step()
+
+
+def convnet() -> nn.Sequential:
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv1d(4, 4, 3, groups=2, bias=False), nn.Tanh(), nn.Linear(3, 2), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+NETWORKS = {"dense": network, "convolutions": convnet}
+every_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+
+
+def per_example(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    norms = [p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
+    training = model.training
+    for p in norms:
+        p.requires_grad_(False)
+    model.eval()
+    found = per_example_gradients(model, lambda output, y: F.cross_entropy(output, y, reduction="sum"), x, y)
+    model.train(training)
+    for p in norms:
+        p.requires_grad_(True)
+    return found
+
+
+def solved(DW: Tensor, mu: float = 1.0) -> Tensor:
+    """N c from the dense system of one layer."""
+    U = DW.flatten(1)
+    n = len(U)
+    return n * torch.linalg.solve(U @ U.mT + mu * U.square().sum() / n * torch.eye(n), torch.ones(n))
+
+
+def weighted(DW: Tensor, w: Tensor) -> Tensor:
+    """1/N sum_n w_n DW_n."""
+    return (DW * w.view(-1, 1, 1)).mean(0)
+
+
+def moved(optimizer: NaturalGradient, before: dict[str, Tensor], lr: float = 1e-3) -> dict[str, Tensor]:
+    """The directions of the step just taken, as blocks (out, in) with the groups of a convolution one below another."""
+    found = {}
+    for name, layer in optimizer.layers.items():
+        old = layer.pack([before[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in before])
+        new = layer.pack([p.detach() for p in layer.parameters])
+        found[name] = ((old - new) / lr).flatten(0, -2)
+    return found
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# The two phases.
+
+
+@every_network
+def test_a_step_of_the_first_phase_is_the_dense_natural_gradient_of_every_layer(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    optimizer = optimizer_of(model)
+    DW, before = per_example(model, *data(0)), snapshot(model)
+    train(model, optimizer, [0])
+    for name, D in moved(optimizer, before).items():
+        U = DW[name].flatten(1)
+        E = U.mT @ U / 8
+        M = torch.linalg.solve(E + E.trace() / 8 * torch.eye(len(E)), U.mean(0))  # lambda = tr(K)/N^2 = tr(E)/N
+        assert_equal(D.flatten(), M, 1e-8)
+
+
+@every_network
+@every_rule_but_quantile
+def test_every_rule_takes_the_step_that_its_coefficients_say(make: Callable[[], nn.Module], rule: str) -> None:
+    model = make()
+    optimizer = optimizer_of(model, rule)
+    w: dict[str, list[Tensor]] = {name: [] for name in optimizer.layers}
+    for step in range(PHASE):
+        for name, DW in per_example(model, *data(step)).items():
+            w[name].append(solved(DW))
+        train(model, optimizer, [step])
+    for step in (PHASE, PHASE + 1, PHASE + 2):
+        gradients, before = per_example(model, *data(step)), snapshot(model)
+        train(model, optimizer, [step])
+        for name, D in moved(optimizer, before).items():
+            table = torch.stack(w[name])
+            now = {
+                "position_mean": table.mean(0),
+                "sample": table[step % PHASE],
+                "iteration": table[step % PHASE],
+                "scalar": table.mean().expand(8),
+                "recompute": solved(gradients[name]),
+            }[rule]
+            assert_equal(D, weighted(gradients[name], now), 1e-8)
+
+
+def test_quantiles_are_those_of_the_gradient_at_the_layers_output() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3))
+    optimizer = optimizer_of(model, "quantile", phase=1)
+
+    def sizes(step: int) -> Tensor:
+        x, y = data(step)
+        return (model(x).softmax(-1) - F.one_hot(y, 3)).norm(dim=1).detach()
+
+    ranked = solved(per_example(model, *data(0))["0"])[sizes(0).argsort()]
+    train(model, optimizer, [0])
+    DW, before, order = per_example(model, *data(1))["0"], snapshot(model), sizes(1).argsort()
+    train(model, optimizer, [1])
+    w = torch.empty(8)
+    w[order] = ranked
+    assert_equal(moved(optimizer, before)["0"], weighted(DW, w), 1e-8)
+
+
+def test_gradients_after_the_first_phase_weigh_one_on_average() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(PHASE))
+    DW = per_example(model, *data(0))
+    backward(model, optimizer, 0)
+    for name, layer in optimizer.layers.items():
+        gradient = layer.pack([p.grad for p in layer.parameters if p.grad is not None])
+        w = torch.linalg.lstsq(DW[name].flatten(1).mT, 8 * gradient.flatten()).solution
+        assert_equal(gradient, weighted(DW[name], w), 1e-8)
+        table = optimizer.state[layer.parameters[0]]["stats.total"][0]
+        assert_equal(weighted(DW[name], table / table.mean()), gradient)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_law_18_even_coefficients_are_sgd_in_both_phases(nesterov: bool) -> None:
+    """mu = 1e14 and a sum of 1: c = 1/N but for 1e-14."""
+    models = [convnet(), convnet()]
+    optimizer = optimizer_of(models[0], mu=1e14, normalise=True, momentum=0.9, lr=0.1, nesterov=nesterov)
+    sgd = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, nesterov=nesterov)
+    train(models[0], optimizer, range(STEPS))
+    for step in range(STEPS):
+        sgd.zero_grad()
+        x, y = data(step)
+        F.cross_entropy(models[1](x), y).backward()
+        sgd.step()
+    for mine, theirs in zip(values(models[0]), values(models[1]), strict=True):
+        assert_equal(mine, theirs, 1e-9)
+
+
+@every_rule
+@pytest.mark.parametrize("step_size", [None, KLLimit(), AdaptiveKLLimit()], ids=["default", "limit", "adaptive"])
+def test_training_lowers_the_loss_under_any_policy(rule: str, step_size: Any) -> None:
+    model = network()
+    optimizer = optimizer_of(model, rule, step_size=step_size, lr=None, momentum=0.9, normalise=True)
+    assert step_size or optimizer.step_size == Constant()
+    for step in range(60):
+        x, y = batch(step % PHASE)
+        optimizer.zero_grad()
+        optimizer.examples(ids(step))
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if step == 0:
+            first = loss.detach()
+    assert loss < 0.8 * first
+
+
+def test_the_plain_step_is_that_of_the_blocks() -> None:
+    """A policy that reads inner products takes the same step as one that does not, where it has alpha = 1."""
+    found = []
+    for step_size in (Constant(), KLLimit(limit=1e300)):
+        model = convnet()
+        optimizer = optimizer_of(
+            model, step_size=step_size, momentum=0.9, weight_decay=0.1, nesterov=True,
+            groups=[{"params": model[1].parameters(), "lr": 3e-4}, {"params": model[3].parameters(), "lr": 0.0}],
+        )  # fmt: skip
+        train(model, optimizer, range(STEPS))
+        found.append(values(model))
+    for mine, theirs in zip(*found, strict=True):
+        assert_equal(mine, theirs, 1e-12)
+
+
+def test_the_memory_of_the_second_phase_is_the_table() -> None:
+    """No block is kept but the last direction: all else is numbers."""
+    model = network()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(STEPS))
+    for layer in optimizer.layers.values():
+        state = optimizer.state[layer.parameters[0]]
+        kept = {name: x.untyped_storage().nbytes() // 8 for name, x in state.items() if isinstance(x, Tensor)}
+        assert kept.pop("momentum") == layer.shape.numel()
+        assert sum(kept.values()) <= 3 * 8 + 2  # w, total and seen of 8 positions; scale; the inverse
+
+
+def test_no_copy_in_lower_precision_is_made_of_a_number() -> None:
+    model = network()
+    optimizer = optimizer_of(model, precision=torch.bfloat16)
+    train(model, optimizer, range(STEPS))
+    for curvature in optimizer._now.values():
+        assert curvature.applied is curvature.inverse
+
+
+def test_after_the_first_phase_nothing_is_recorded() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        backward(model, optimizer, step)
+        assert optimizer._engine.pending == (step < PHASE)
+        optimizer.step()
+
+
+# Accumulation, other batches, other modes.
+
+
+@every_rule_but_quantile  # its ranks are within a micro-batch
+def test_four_micro_batches_equal_the_one_batch_in_both_phases(rule: str) -> None:
+    whole, split = convnet(), convnet()
+    train(whole, optimizer_of(whole, rule, momentum=0.9), range(STEPS))
+    train(split, optimizer_of(split, rule, momentum=0.9), range(STEPS), parts=4)
+    for found, expected in zip(values(split), values(whole), strict=True):
+        assert_equal(found, expected, 1e-10)
+
+
+def test_an_incomplete_batch_has_the_first_coefficients_times_n_over_n() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(PHASE))
+    x, y = data(0)
+    DW, before = per_example(model, x[:3], y[:3]), snapshot(model)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x[:3]), y[:3]).backward()
+    optimizer.step()
+    for name, D in moved(optimizer, before).items():
+        state = optimizer.state[optimizer.layers[name].parameters[0]]
+        c = (state["stats.total"] / state["stats.seen"])[0] / 8
+        assert_equal(D, (DW[name] * (c[:3] * 8 / 3).view(-1, 1, 1)).sum(0), 1e-8)
+
+
+def test_a_step_without_a_pass_in_training_mode_takes_the_mean_coefficient_in_both_phases() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        model.train(step not in (3, 8))
+        DW, before = per_example(model, *data(step)), snapshot(model)
+        state = {name: optimizer.state[layer.parameters[0]] for name, layer in optimizer.layers.items()}
+        scale = {name: kept["stats.scale"].clone() for name, kept in state.items() if kept}
+        train(model, optimizer, [step])
+        for name, D in moved(optimizer, before).items() if step in (3, 8) else ():
+            assert_equal(D, scale[name] * DW[name].mean(0), 1e-8)
+
+
+def test_uncovered_parameters_follow_adamw_and_so_do_layers_that_the_first_phase_did_not_see() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm, self.late = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+            self.both = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.first(x))
+            return self.late(h) if self.both else h[:, :3]
+
+    model = Half()
+    optimizer = optimizer_of(model, adamw={"lr": 0.01})
+    train(model, optimizer, range(PHASE))
+    model.both = True
+    backward(model, optimizer, PHASE)
+    twins = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    adamw = torch.optim.AdamW([twins["late.weight"]], lr=0.01, weight_decay=0.0)
+    twins["late.weight"].grad = model.late.weight.grad
+    adamw.step()
+    optimizer.step()
+    assert torch.equal(model.late.weight, twins["late.weight"])
+    assert "exp_avg" in optimizer.state[model.norm.weight] and "exp_avg" not in optimizer.state[model.first.weight]
+
+
+def test_a_layer_frozen_in_the_second_phase_stands_still() -> None:
+    model = network()
+    optimizer = optimizer_of(model, momentum=0.9)
+    train(model, optimizer, range(PHASE))
+    model.get_parameter("0.weight").requires_grad_(False)
+    before = snapshot(model)
+    train(model, optimizer, range(PHASE, STEPS))
+    assert torch.equal(model.get_parameter("0.weight"), before["0.weight"])
+    assert not torch.equal(model.get_parameter("3.weight"), before["3.weight"])
+
+
+def test_a_scaled_loss_is_unscaled_in_both_phases() -> None:
+    class Scaler:
+        def get_scale(self) -> float:
+            return 1024.0
+
+    plain, scaled = network(), network()
+    train(plain, optimizer_of(plain), range(STEPS))
+    optimizer = optimizer_of(scaled, grad_scaler=Scaler())
+    for step in range(STEPS):
+        x, y = data(step)
+        optimizer.zero_grad()
+        (1024 * F.cross_entropy(scaled(x), y)).backward()
+        for p in scaled.parameters():
+            p.grad = None if p.grad is None else p.grad / 1024
+        optimizer.step()
+    for found, expected in zip(values(scaled), values(plain), strict=True):
+        assert_equal(found, expected, 1e-10)
+
+
+def test_joint_coefficients_train_too() -> None:
+    model = network()
+    optimizer = optimizer_of(model, share="joint")
+    DW, before = per_example(model, *data(0)), snapshot(model)
+    train(model, optimizer, [0])
+    w = solved(torch.cat([gradients.flatten(1) for gradients in DW.values()], 1))
+    for name, D in moved(optimizer, before).items():
+        assert_equal(D, weighted(DW[name], w), 1e-8)
+    train(model, optimizer, range(1, STEPS))
+    tables = [optimizer.state[layer.parameters[0]]["stats.total"] for layer in optimizer.layers.values()]
+    assert torch.equal(tables[0], tables[1])
+
+
+# Checkpoints.
+
+
+@every_rule
+@pytest.mark.parametrize("step_size", [Constant(), KLLimit()], ids=lambda policy: type(policy).__name__)
+def test_a_run_broken_before_at_and_after_the_switch_is_the_unbroken_one_bit_for_bit(rule: str, step_size: Any) -> None:
+    settings = {"step_size": step_size, "momentum": 0.9}
+
+    def run(breaks: Sequence[int]) -> Any:
+        model = network()
+        optimizer = optimizer_of(model, rule, **settings)
+        for step in range(STEPS):
+            if step in breaks:
+                fresh = network(seed=9)
+                renewed = optimizer_of(fresh, rule, **settings)
+                fresh.load_state_dict(through_a_file(model.state_dict()))
+                renewed.load_state_dict(through_a_file(optimizer.state_dict()))
+                model, optimizer = fresh, renewed
+            train(model, optimizer, [step])
+        return values(model), copy_of(optimizer)
+
+    assert same(run((2, PHASE, PHASE + 1, 9)), run(()))
+
+
+def test_an_optimizer_in_the_second_phase_returns_to_the_first_with_the_state_of_one() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    parameters, early = through_a_file(model.state_dict()), copy_of(optimizer)
+    train(model, optimizer, range(3, STEPS))
+    late = values(model), copy_of(optimizer)
+    model.load_state_dict(parameters)
+    optimizer.load_state_dict(early)
+    train(model, optimizer, range(3, STEPS))
+    assert same((values(model), copy_of(optimizer)), late)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "settings", [{"likelihood": Categorical()}, {"likelihood": Categorical(), "estimator": "exact"}]
+)
+def test_another_fisher_than_that_of_the_users_gradients_is_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match="FNGD weighs the gradients of your own loss"):
+        optimizer_of(network(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"observe_fraction": 0.5}, {"weight_sharing": "reduce"}])
+def test_a_setting_that_leaves_gradients_out_is_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match=f"FNGD needs every gradient.*{next(iter(settings))}"):
+        optimizer_of(network(), **settings)
+
+
+@pytest.mark.parametrize("step_size", [Automatic(), QuadraticModel()])
+def test_a_policy_that_models_the_loss_is_refused(step_size: Any) -> None:
+    with pytest.raises(ValueError, match=r"FNGD weighs examples.*use Constant\(\)"):
+        optimizer_of(network(), step_size=step_size)
+
+
+@pytest.mark.parametrize("after", [0, PHASE + 1])
+def test_missing_or_wrong_ids_are_refused_in_both_phases_and_change_nothing(after: int) -> None:
+    model = network()
+    optimizer = optimizer_of(model, "sample")
+    train(model, optimizer, range(after))
+    before = values(model), copy_of(optimizer)
+    x, _ = data(0)
+    with pytest.raises(ValueError, match=r"optimizer\.examples\(ids\)"):
+        model(x)
+    optimizer.examples(torch.arange(5))
+    with pytest.raises(ValueError, match="5 ids, but the batch has 8 examples"):
+        model(x)
+    assert same((values(model), copy_of(optimizer)), before)
+    assert all(p.requires_grad for p in model.parameters())
+    model.eval()
+    model(x)  # nobody asks outside of training
+    model.train()
+    train(model, optimizer, range(after, STEPS))
+    assert optimizer.steps == STEPS
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], torch.zeros(8), torch.zeros(2, 4).long(), torch.tensor([-1, 2])])
+def test_ids_are_whole_numbers_from_zero(wrong: Any) -> None:
+    optimizer = optimizer_of(network(), "sample")
+    with pytest.raises(ValueError, match="ids must be"):
+        optimizer.examples(wrong)
+
+
+@every_rule
+@pytest.mark.parametrize("at", [0, 2, PHASE, PHASE + 2])
+def test_a_gradient_that_is_not_finite_skips_the_step_and_changes_nothing(rule: str, at: int) -> None:
+    model = network()
+    optimizer = optimizer_of(model, rule, momentum=0.9)
+    train(model, optimizer, range(at))
+    before = values(model), copy_of(optimizer)["state"] if at else {}
+    optimizer.zero_grad()
+    optimizer.examples(ids(at))
+    x, y = data(at)
+    x[0, 0] = float("nan")
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match=f"step {at} skipped"):
+        optimizer.step()
+    assert same((values(model), copy_of(optimizer)["state"] if at else {}), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(at + 1, STEPS + 2))
+
+
+def test_other_approximations_ignore_ids() -> None:
+    found = []
+    for told in (False, True):
+        model = network()
+        optimizer = NaturalGradient(model, EKFAC(), likelihood=Categorical())
+        for step in range(3):
+            optimizer.zero_grad()
+            if told:
+                optimizer.examples(torch.arange(8))
+            x, y = batch(step)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found.append(values(model))
+    assert same(found[0], found[1])
