@@ -25,11 +25,14 @@ import natgrad
 from natgrad import (
     EKFAC,
     KFAC,
+    KPSVD,
     SNGD,
     TEKFAC,
     TKFAC,
     Approximation,
     Categorical,
+    CorrectedKFAC,
+    Deflated,
     Diagonal,
     ExactFisher,
     KLLimit,
@@ -237,6 +240,25 @@ def sngd() -> Figure:
     return figure
 
 
+def kpsvd() -> Figure:
+    """Three Kronecker products."""
+    return matrices(("KFAC", KFAC()), ("TKFAC", TKFAC()), ("KPSVD", KPSVD()))
+
+
+def rank_two() -> Figure:
+    """One product, and three ways to two; and what the sums have below zero."""
+    figure, axes = panels(4)
+    heat(axes[0], matrix(ExactFisher()).dense(), "exact F")
+    for here, one in zip(axes[1:3], (CorrectedKFAC(), Deflated()), strict=True):
+        heat(here, matrix(one).dense(), f"{type(one).__name__}: error {error(one):.2f}")
+    for one, colour in ((CorrectedKFAC(), PALE), (Deflated(), INK)):
+        axes[3].plot(torch.linalg.eigvalsh(matrix(one).dense())[:30], ".", color=colour, label=type(one).__name__)
+    axes[3].axhline(0, color="grey", linewidth=0.5)
+    axes[3].set(title="the 30 lowest eigenvalues", xlabel="rank")
+    axes[3].legend()
+    return figure
+
+
 def damping() -> Figure:
     """What the two rules add to EKFAC's eigenvalues, at one damping."""
     figure, axes = panels(2)
@@ -264,6 +286,8 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
     woodbury,
     tengrad,
     sngd,
+    kpsvd,
+    rank_two,
     damping,
 )
 

@@ -1,6 +1,8 @@
 """Approximations of a layer's Fisher block, one per file."""
 
 from natgrad.fishers.base import Approximation, Coupled, Part
+from natgrad.fishers.corrected_kfac import CorrectedKFAC
+from natgrad.fishers.deflated import Deflated
 from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
@@ -8,6 +10,8 @@ from natgrad.fishers.exact import ExactFisher
 from natgrad.fishers.foof import FOOF
 from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.kfac import KFAC
+from natgrad.fishers.kpsvd import KPSVD
+from natgrad.fishers.lanczos import Lanczos
 from natgrad.fishers.ng_plus import NGPlus
 from natgrad.fishers.sngd import SNGD
 from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_capture, as_samples, pool
@@ -22,16 +26,20 @@ __all__ = [
     "FOOF",
     "KFAC",
     "SNGD",
+    "KPSVD",
     "TEKFAC",
     "TENGraD",
     "TKFAC",
     "Approximation",
+    "CorrectedKFAC",
     "Coupled",
+    "Deflated",
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
     "JointFisher",
     "JointWoodbury",
+    "Lanczos",
     "Mean",
     "NGPlus",
     "Part",

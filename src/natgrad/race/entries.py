@@ -223,6 +223,10 @@ ENTRIES = {
         Entry("sngd", natural(lambda: natgrad.SNGD()), _natural_space, natural=True),
         Entry("foof", natural(lambda: natgrad.FOOF()), _natural_space, natural=True),
         Entry("ngplus", natural(lambda: natgrad.NGPlus()), _natural_space, natural=True),
+        Entry("kpsvd", natural(lambda: natgrad.KPSVD()), _natural_space, natural=True),
+        Entry("deflated", natural(lambda: natgrad.Deflated()), _natural_space, natural=True),
+        Entry("lanczos", natural(lambda: natgrad.Lanczos()), _natural_space, natural=True),
+        Entry("kfac-corrected", natural(lambda: natgrad.CorrectedKFAC()), _natural_space, natural=True),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
     )
 }
