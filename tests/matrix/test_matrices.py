@@ -29,7 +29,7 @@ from natgrad.matrix import (
     Tikhonov,
     Unit,
 )
-from natgrad.matrix.damping import KroneckerRule
+from natgrad.matrix.damping import FactoredRule, KroneckerRule
 from natgrad.matrix.factorise import cholesky_inverse, eigh
 from oracles import assert_equal, damped, error, kron
 
@@ -49,7 +49,7 @@ def kronecker(*groups: int, rule: KroneckerRule | None = None) -> Kronecker:
     return Kronecker(psd(*groups, size=OUT), 7 * psd(*groups, size=IN), rule or Factored())
 
 
-def kronecker_sum(*groups: int, rule: Factored | Unit | None = None) -> KroneckerSum:
+def kronecker_sum(*groups: int, rule: FactoredRule | None = None) -> KroneckerSum:
     S, R, Q, P = (psd(*groups, size=size) for size in (OUT, IN, OUT, IN))
     return KroneckerSum(S, R, Q, P, rule or Factored())
 

@@ -12,8 +12,8 @@ from natgrad.fishers.base import Approximation
 from natgrad.fishers.rearrangement import Pair, Rearrangement, unit
 from natgrad.fishers.statistics import Mean, Stats, as_capture, as_samples
 from natgrad.fishers.triples import average, power, stream
-from natgrad.matrix import Factored, KroneckerSum, Ridge, Unit
-from natgrad.matrix.damping import KroneckerRule
+from natgrad.matrix import Factored, KroneckerSum
+from natgrad.matrix.damping import FactoredRule, KroneckerRule
 from natgrad.matrix.kronecker_sum import Guard
 
 
@@ -86,8 +86,10 @@ def check_whole(least: int = 1, **numbers: int) -> None:
 
 def check_sum_rule(rule: KroneckerRule) -> None:
     """Raise ``ValueError`` for a damping under which a sum of two products has no closed inverse."""
-    if not isinstance(rule, (Factored, Unit, Ridge)):
-        raise ValueError(f"the rule of a sum of two products must be Factored(), Unit() or Ridge(), got {rule!r}")
+    if not isinstance(rule, FactoredRule):
+        raise ValueError(
+            f"the rule of a sum of two products must damp its factors, as Factored() or Unit() do, got {rule!r}"
+        )
 
 
 def pair(stats: Stats | None, right: str, left: str) -> Pair | None:
@@ -102,6 +104,6 @@ def means(first: tuple[str, str], found: Pair) -> dict[str, Mean]:
 
 def kronecker_sum(stats: Stats, first: tuple[str, str], rule: KroneckerRule, guard: Guard) -> KroneckerSum:
     """S kron R + Q kron P, the statistics R and S having the names ``first``."""
-    assert isinstance(rule, (Factored, Unit, Ridge))
+    assert isinstance(rule, FactoredRule)
     R, S, P, Q = (stats[name].value for name in (*first, "P", "Q"))
     return KroneckerSum(S, R, Q, P, rule, guard)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from natgrad.matrix.base import Matrix
 from natgrad.matrix.congruence import Congruence
-from natgrad.matrix.damping import Factored, Ridge, Unit
+from natgrad.matrix.damping import Factored, FactoredRule
 from natgrad.matrix.factorise import generalised_eigh, shifted
 
 
@@ -76,7 +76,7 @@ class KroneckerSum(Matrix):
     right: Tensor
     second_left: Tensor
     second_right: Tensor
-    rule: Factored | Unit | Ridge = Factored()
+    rule: FactoredRule = Factored()
     guard: Guard = Clamp()
 
     @property
