@@ -26,6 +26,7 @@ from natgrad import (
     EKFAC,
     FNGD,
     KFAC,
+    KPSVD,
     SNGD,
     TEKFAC,
     TKFAC,
@@ -33,6 +34,8 @@ from natgrad import (
     BlockTridiagonal,
     Categorical,
     Constant,
+    CorrectedKFAC,
+    Deflated,
     Diagonal,
     ExactFisher,
     KLLimit,
@@ -297,6 +300,25 @@ def fngd() -> Figure:
     return figure
 
 
+def kpsvd() -> Figure:
+    """Three Kronecker products."""
+    return matrices(("KFAC", KFAC()), ("TKFAC", TKFAC()), ("KPSVD", KPSVD()))
+
+
+def rank_two() -> Figure:
+    """One product, and three ways to two; and what the sums have below zero."""
+    figure, axes = panels(4)
+    heat(axes[0], matrix(ExactFisher()).dense(), "exact F")
+    for here, one in zip(axes[1:3], (CorrectedKFAC(), Deflated()), strict=True):
+        heat(here, matrix(one).dense(), f"{type(one).__name__}: error {error(one):.2f}")
+    for one, colour in ((CorrectedKFAC(), PALE), (Deflated(), INK)):
+        axes[3].plot(torch.linalg.eigvalsh(matrix(one).dense())[:30], ".", color=colour, label=type(one).__name__)
+    axes[3].axhline(0, color="grey", linewidth=0.5)
+    axes[3].set(title="the 30 lowest eigenvalues", xlabel="rank")
+    axes[3].legend()
+    return figure
+
+
 def damping() -> Figure:
     """What the two rules add to EKFAC's eigenvalues, at one damping."""
     figure, axes = panels(2)
@@ -419,6 +441,8 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
     tengrad,
     sngd,
     fngd,
+    kpsvd,
+    rank_two,
     damping,
     block_tridiagonal,
     two_level,

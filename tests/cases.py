@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from natgrad import (
     EKFAC,
     FOOF,
     KFAC,
+    KPSVD,
     SNGD,
     TEKFAC,
     TKFAC,
     Approximation,
+    CorrectedKFAC,
+    Deflated,
     Diagonal,
     EigenCorrected,
     ExactFisher,
     JointFisher,
     JointWoodbury,
+    Lanczos,
     NGPlus,
     TENGraD,
     TKFACExact,
@@ -55,6 +59,10 @@ class Case:
     """Its damping has a unit: large ones give plain gradient descent, of step 1/damping."""
     equivariant: bool = False
     """Its undamped step does not depend on the coordinates of inputs and outputs."""
+    definite: bool = True
+    """It is positive semi-definite; its damped inverse is positive definite in any case."""
+    products: int | None = None
+    """It is the sum of so many Kronecker products of symmetric factors that is nearest to F."""
 
     def __str__(self) -> str:
         return self.name
@@ -62,6 +70,9 @@ class Case:
 
 def TEKFACExact() -> EigenCorrected:
     return EigenCorrected(TKFACExact())
+
+
+TIGHT: dict[str, Any] = {"tolerance": 1e-13, "iterations": 5000}  # for laws that hold to rounding
 
 
 CASES = (
@@ -85,4 +96,13 @@ CASES = (
     Case("Woodbury-window", lambda: Woodbury(window=3), exact=True, trace="fisher", partial_traces="fisher"),
     Case("JointWoodbury", JointWoodbury, exact=True, trace="fisher", partial_traces="fisher"),
     Case("TENGraD", TENGraD),
+    Case("KPSVD", lambda: KPSVD(**TIGHT), products=1, below=KFAC),
+    Case("KPSVD-published", lambda: KPSVD(averaging="published", **TIGHT), products=1, below=TKFAC),
+    Case("KPSVD-location", lambda: KPSVD(location=True, **TIGHT)),
+    Case("KPSVD-corrected", lambda: EigenCorrected(KPSVD(**TIGHT)), trace="fisher", below=KPSVD),
+    Case("Deflated", lambda: Deflated(**TIGHT), definite=False, products=2, below=KPSVD),
+    Case("Deflated-published", lambda: Deflated(averaging="published", **TIGHT), definite=False, products=2),
+    Case("Lanczos", lambda: Lanczos(tolerance=1e-13), definite=False, products=2, below=KPSVD),
+    Case("CorrectedKFAC", lambda: CorrectedKFAC(**TIGHT), definite=False, below=KFAC),
+    Case("CorrectedKFAC-published", lambda: CorrectedKFAC(averaging="published", **TIGHT), definite=False),
 )

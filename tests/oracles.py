@@ -11,11 +11,13 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 from natgrad.capture import Capture
 from natgrad.matrix import (
+    Clamp,
     Dense,
     Diagonal,
     Factored,
     Grouped,
     Kronecker,
+    KroneckerSum,
     LowRank,
     Matrix,
     OneSided,
@@ -90,6 +92,23 @@ def partial_traces(F: Tensor, out: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.einsum("...oioj->...ij", parts), torch.einsum("...oipi->...op", parts)
 
 
+def rearranged(F: Tensor, out: int, width: int) -> Tensor:
+    """Z (in in, out out) with |F - S kron R| = |Z - vec(R) vec(S)^T|."""
+    parts = F.unflatten(-1, (out, width)).unflatten(-3, (out, width))  # (..., out, in, out, in)
+    return torch.einsum("...oipj->...ijop", parts).flatten(-4, -3).flatten(-2)
+
+
+def on_symmetric(Z: Tensor) -> Tensor:
+    """The part of a rearranged Fisher that maps symmetric matrices to symmetric ones."""
+
+    def projection(size: int) -> Tensor:
+        eye = torch.eye(size**2)
+        return (eye + eye.unflatten(0, (size, size)).transpose(0, 1).flatten(0, 1)) / 2
+
+    width, out = (round(size**0.5) for size in Z.shape[-2:])
+    return projection(width) @ Z @ projection(out)
+
+
 # Damping.
 
 
@@ -112,6 +131,8 @@ def damped(matrix: Matrix, damping: float) -> Tensor:
     if isinstance(matrix, Rows):
         ridge = damping + matrix.eps * _trace(matrix.values)
         return F + torch.diag_embed(ridge.repeat_interleave(matrix.shape[-1], -1))
+    if isinstance(matrix, KroneckerSum):
+        return _clamped(matrix, damping)
     assert isinstance(matrix, (Kronecker, Spectral))
     return _by_rule(matrix, matrix.rule, F, damping)
 
@@ -137,6 +158,17 @@ def _by_rule(matrix: Kronecker | Spectral, rule: Any, F: Tensor, damping: float)
     pi = pi[..., None, None]
     root, I_out, I_in = damping**0.5, torch.eye(G.shape[-1]), torch.eye(A.shape[-1])
     return _plus(F + pi * root * kron(G, I_in) + root / pi * kron(I_out, A), damping)  # methods 0.8
+
+
+def _clamped(matrix: KroneckerSum, damping: float) -> Tensor:
+    """B^1/2 max(I + B^-1/2 C B^-1/2, tau) B^1/2 for the damped first product B and the second one C (methods 8)."""
+    assert isinstance(matrix.guard, Clamp)
+    first = Kronecker(matrix.left, matrix.right, matrix.rule)
+    values, Q = torch.linalg.eigh(damped(first, damping))
+    half = (Q * values.sqrt().unsqueeze(-2)) @ Q.mT
+    second = kron(matrix.second_left, matrix.second_right)
+    values, Q = torch.linalg.eigh(_plus(half.inverse() @ second @ half.inverse(), 1.0))
+    return half @ (Q * values.clamp(min=matrix.guard.tau).unsqueeze(-2)) @ Q.mT @ half
 
 
 def _plus(F: Tensor, damping: float) -> Tensor:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 import laws
+import laws_kpsvd
 from cases import CASES, Case
 from laws import LAWS, Law, estimate
-from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Approximation, Diagonal, EigenCorrected, ExactFisher
+from natgrad import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, Approximation, Diagonal, EigenCorrected, ExactFisher
 from natgrad import matrix as matrices
 from natgrad.capture import Capture
 from natgrad.fishers import Mean, Stats
@@ -160,6 +161,17 @@ class GroupsMixed(ExactFisher):
         return {name: Mean(mean.value.flip(0)) for name, mean in super().observe(seen).items()}
 
 
+@dataclass(frozen=True)
+class OneIteration(KPSVD):
+    iterations: int = 1
+
+
+@dataclass(frozen=True)
+class NegativeFactors(KPSVD):
+    def assemble(self, stats: Stats, previous: matrices.Matrix | None = None) -> matrices.Kronecker:
+        return matrices.Kronecker(-stats["S"].value, -stats["R"].value)
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "shape"),
     [
@@ -176,11 +188,15 @@ class GroupsMixed(ExactFisher):
         (NeverCorrected, laws.law_04_trace, "unshared"),
         (NeverCorrected, laws.law_eigenvalues_are_the_diagonal_of_the_fisher, "unshared"),
         (CorrectedElsewhere, laws.law_08_error_never_above_that_of_the_base, "unshared"),
+        (OneIteration, laws_kpsvd.law_09_10_error_is_that_of_the_singular_values_left_out, "unshared"),
+        (OneIteration, laws_kpsvd.law_13_the_products_are_the_leading_singular_triples, "grouped"),
+        (HalvedG, laws_kpsvd.law_09_10_no_other_method_of_as_many_products_is_nearer, "shared"),
+        (NegativeFactors, laws_kpsvd.law_13_the_leading_factors_are_positive, "unshared"),
         (GroupsMixed, laws.law_groups_are_layers_of_their_own, "grouped"),
         (GroupsMixed, laws.law_exact, "grouped"),
     ],
 )
 def test_laws_bite(broken: Callable[[], Approximation], check: Callable[[Case, str], None], shape: str) -> None:
-    case = Case("broken", broken, trace="fisher", partial_traces="fisher", below=KFAC)
+    case = Case("broken", broken, trace="fisher", partial_traces="fisher", below=KFAC, products=1)
     with pytest.raises((AssertionError, matrices.FactorisationError)):
         check(case, shape)

@@ -17,6 +17,7 @@ from natgrad.matrix import (
     FactorisationError,
     Grouped,
     Kronecker,
+    KroneckerSum,
     LinearMap,
     LowRank,
     Matrix,
@@ -28,7 +29,7 @@ from natgrad.matrix import (
     Tikhonov,
     Unit,
 )
-from natgrad.matrix.damping import KroneckerRule
+from natgrad.matrix.damping import FactoredRule, KroneckerRule
 from natgrad.matrix.factorise import cholesky_inverse, eigh
 from oracles import assert_equal, damped, error, kron
 
@@ -46,6 +47,11 @@ def orthogonal(*groups: int, size: int) -> Tensor:
 
 def kronecker(*groups: int, rule: KroneckerRule | None = None) -> Kronecker:
     return Kronecker(psd(*groups, size=OUT), 7 * psd(*groups, size=IN), rule or Factored())
+
+
+def kronecker_sum(*groups: int, rule: FactoredRule | None = None) -> KroneckerSum:
+    S, R, Q, P = (psd(*groups, size=size) for size in (OUT, IN, OUT, IN))
+    return KroneckerSum(S, R, Q, P, rule or Factored())
 
 
 def spectral(*groups: int) -> Spectral:
@@ -73,6 +79,8 @@ MATRICES: dict[str, Callable[..., Matrix]] = {
     "OneSided-right": lambda *groups: OneSided(psd(*groups, size=IN), (OUT, IN), eps=0.1),
     "OneSided-left": lambda *groups: OneSided(psd(*groups, size=OUT), (OUT, IN), "left"),
     "Rows": lambda *groups: Rows(psd(*groups, OUT, size=IN), eps=0.1),
+    "KroneckerSum": lambda *groups: kronecker_sum(*groups),
+    "KroneckerSum-Unit": lambda *groups: kronecker_sum(*groups, rule=Unit()),
     "Grouped": lambda *groups: Grouped(kronecker(3)),
 }
 every_matrix = pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES.keys())

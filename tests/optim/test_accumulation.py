@@ -11,11 +11,15 @@ from torch import nn
 from training import FOUR, batch, network, optimizer_of, train, values
 
 from natgrad import (
+    KPSVD,
     AdaptiveKLLimit,
     Automatic,
     Constant,
+    CorrectedKFAC,
+    Deflated,
     ExactQuadraticModel,
     KLLimit,
+    Lanczos,
     NaturalGradient,
     QuadraticModel,
 )
@@ -55,7 +59,7 @@ def test_four_micro_batches_equal_the_one_batch(policy: Any) -> None:
     check(step_size=policy)
 
 
-@pytest.mark.parametrize("make", FOUR)
+@pytest.mark.parametrize("make", [*FOUR, KPSVD, Deflated, Lanczos, CorrectedKFAC])
 def test_four_micro_batches_equal_the_one_batch_under_every_approximation(make: Any) -> None:
     check(approximation=make(), step_size=KLLimit())
 

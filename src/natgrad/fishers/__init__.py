@@ -11,6 +11,8 @@ from natgrad.fishers.coarse import (
     SpectralSpace,
     Tselepidis,
 )
+from natgrad.fishers.corrected_kfac import CorrectedKFAC
+from natgrad.fishers.deflated import Deflated
 from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
@@ -19,6 +21,8 @@ from natgrad.fishers.fngd import FNGD
 from natgrad.fishers.foof import FOOF
 from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.kfac import KFAC
+from natgrad.fishers.kpsvd import KPSVD
+from natgrad.fishers.lanczos import Lanczos
 from natgrad.fishers.ng_plus import NGPlus
 from natgrad.fishers.sngd import SNGD
 from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_capture, as_samples, pool
@@ -35,12 +39,15 @@ __all__ = [
     "FNGD",
     "KFAC",
     "SNGD",
+    "KPSVD",
     "TEKFAC",
     "TKFAC",
     "Approximation",
     "BlockTridiagonal",
     "CoarseSpace",
+    "CorrectedKFAC",
     "Coupled",
+    "Deflated",
     "Diagonal",
     "EigenCorrected",
     "ExactFisher",
@@ -48,6 +55,7 @@ __all__ = [
     "JointWoodbury",
     "KrylovNicolaides",
     "KrylovResidual",
+    "Lanczos",
     "Mean",
     "NGPlus",
     "Nicolaides",

@@ -60,6 +60,10 @@ class EigenCorrected(Approximation):
         """The statistics of ``base``."""
         return self.base.observe(seen)
 
+    def merge(self, old: Stats | None, new: Stats, decay: float) -> Stats:
+        """As ``base`` does."""
+        return self.base.merge(old, new, decay)
+
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Spectral:
         """The eigenbasis of ``base``, with the eigenvalues that ``carry`` says."""
         base = self.base.assemble(stats)

@@ -24,6 +24,7 @@ from natgrad.matrix.factorise import cholesky_inverse
 
 if TYPE_CHECKING:
     from natgrad.matrix.kronecker import Kronecker
+    from natgrad.matrix.kronecker_sum import KroneckerSum
     from natgrad.matrix.spectral import Spectral
 
 
@@ -45,7 +46,7 @@ class KroneckerRule(Protocol):
 class FactoredRule(KroneckerRule, Protocol):
     """A rule that adds a multiple of the identity to each factor."""
 
-    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+    def shifts(self, matrix: Kronecker | KroneckerSum, damping: float) -> tuple[Tensor, Tensor]:
         """What is added to the eigenvalues of the left and of the right factor, (*groups) each."""
 
 
@@ -70,7 +71,7 @@ class Factored:
         """(G + sqrt(lambda)/pi I)^-1 kron (A + pi sqrt(lambda) I)^-1."""
         return _invert(matrix, self.shifts(matrix, damping))
 
-    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+    def shifts(self, matrix: Kronecker | KroneckerSum, damping: float) -> tuple[Tensor, Tensor]:
         """sqrt(lambda)/pi and pi sqrt(lambda)."""
         root, pi = check_damping(damping) ** 0.5, self.ratio(matrix)
         return root / pi, root * pi
@@ -81,7 +82,7 @@ class Factored:
         g, a = values.mean(-1, keepdim=True) / mean.sqrt(), values.mean(-2, keepdim=True) / mean.sqrt()
         return check_damping(damping) ** 0.5 * (g + a) + damping
 
-    def ratio(self, matrix: Kronecker) -> Tensor:
+    def ratio(self, matrix: Kronecker | KroneckerSum) -> Tensor:
         """pi, of shape (*groups): the choice that minimises the trace norm of the two cross terms."""
         pi = _mean_eigenvalue(matrix.right).sqrt() / _mean_eigenvalue(matrix.left).sqrt()  # the ratio may overflow
         return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
@@ -95,7 +96,7 @@ class Unit:
         """(G + sqrt(lambda) I)^-1 kron (A + sqrt(lambda) I)^-1."""
         return _invert(matrix, self.shifts(matrix, damping))
 
-    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+    def shifts(self, matrix: Kronecker | KroneckerSum, damping: float) -> tuple[Tensor, Tensor]:
         """sqrt(lambda), twice."""
         root = torch.full_like(matrix.trace(), check_damping(damping) ** 0.5)
         return root, root
@@ -111,7 +112,7 @@ class Ridge:
         """(G + lambda tr(G) I)^-1 kron (A + lambda tr(A) I)^-1."""
         return _invert(matrix, self.shifts(matrix, damping))
 
-    def shifts(self, matrix: Kronecker, damping: float) -> tuple[Tensor, Tensor]:
+    def shifts(self, matrix: Kronecker | KroneckerSum, damping: float) -> tuple[Tensor, Tensor]:
         """lambda tr(G) and lambda tr(A)."""
         check_damping(damping)
         left, right = (X.shape[-1] * _mean_eigenvalue(X) for X in (matrix.left, matrix.right))

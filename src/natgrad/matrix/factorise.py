@@ -36,6 +36,21 @@ def cholesky_inverse(X: Tensor, shift: Tensor | float = 0.0) -> Tensor:
 
 def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., d), clamped at 0, and eigenvectors (..., d, d) of symmetric PSD X: 9 to 25 d^3 flops."""
+    values, vectors = _eigh(X)
+    return values.clamp(min=0), vectors
+
+
+def generalised_eigh(X: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """l (..., d) and K (..., d, d) with K^T X K = diag(l) and K^T B K = I, for symmetric X and positive definite B."""
+    factor, info = torch.linalg.cholesky_ex(B)
+    if not ((info == 0).all() & torch.isfinite(factor).all()).item():
+        raise FactorisationError(f"a factor of shape {tuple(B.shape)} is not positive definite with this damping")
+    half = torch.linalg.solve_triangular(factor, X, upper=False)
+    values, vectors = _eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
+    return values, torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
+
+
+def _eigh(X: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(X).all():
         raise FactorisationError(f"a factor of shape {tuple(X.shape)} is not finite")
     try:
@@ -44,4 +59,4 @@ def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
         raise FactorisationError(f"eigh of a factor of shape {tuple(X.shape)} did not converge") from error
     if not (torch.isfinite(values).all() & torch.isfinite(vectors).all()):  # LAPACK may return NaN and no error
         raise FactorisationError(f"eigh of a factor of shape {tuple(X.shape)} gave vectors that are not finite")
-    return values.clamp(min=0), vectors
+    return values, vectors

@@ -8,38 +8,20 @@ import torch
 from torch import Tensor
 
 from natgrad.matrix.base import Matrix, check_damping
+from natgrad.matrix.congruence import Congruence
 from natgrad.matrix.damping import SpectralRule, Tikhonov
 from natgrad.matrix.factorise import FactorisationError
 
 
 @dataclass(frozen=True)
-class Spectral(Matrix):
+class Spectral(Congruence, Matrix):
     """Q diag(s) Q^T with Q = Q_G kron Q_A, which acts as ``M -> Q_G ((Q_G^T M Q_A) * s) Q_A^T``.
 
     ``left`` is Q_G (*groups, out, out), ``right`` is Q_A (*groups, in, in), both orthogonal; ``values`` is s
     (*groups, out, in). A product costs 4 out in (out + in) flops.
     """
 
-    left: Tensor
-    right: Tensor
-    values: Tensor
     rule: SpectralRule = Tikhonov()
-
-    @property
-    def shape(self) -> torch.Size:
-        """(*groups, out, in)."""
-        return self.values.shape
-
-    def __matmul__(self, M: Tensor) -> Tensor:
-        """Q_G ((Q_G^T M Q_A) * s) Q_A^T."""
-        rotated = self.left.mT @ M.to(self.left.dtype) @ self.right
-        return (self.left @ (rotated * self.values) @ self.right.mT).to(M.dtype)
-
-    def dense(self) -> Tensor:
-        """Q diag(s) Q^T."""
-        size = self.shape[-1] * self.shape[-2]
-        Q = torch.einsum("...op,...ij->...oipj", self.left, self.right).reshape(*self.shape[:-2], size, size)
-        return (Q * self.values.flatten(-2).unsqueeze(-2)) @ Q.mT
 
     def inverse(self, damping: float) -> Spectral:
         """(F + damping I)^-1 by the default rule; costs one pass over the eigenvalues, and shares the basis."""

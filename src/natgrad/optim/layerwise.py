@@ -17,6 +17,7 @@ from natgrad.engine import Record, Sharing
 from natgrad.fishers import Approximation, Coupled, Part, Stats, Weighted, pool
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, NetworkMap
+from natgrad.matrix.kronecker_sum import KroneckerSumInverse
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
@@ -45,6 +46,11 @@ class State(Mapping[str, LayerCurvature]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def numbers(self) -> dict[str, float]:
+        """What the inverses say of themselves: ``guarded``, the share of directions in which a sum is not trusted."""
+        sums = [c.inverse for c in self.values() if isinstance(c.inverse, KroneckerSumInverse)]
+        return {"guarded": sum(float(inverse.guarded.mean()) for inverse in sums) / len(sums)} if sums else {}
 
 
 @dataclass(frozen=True)

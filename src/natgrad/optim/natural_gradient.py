@@ -161,6 +161,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "direction_norm": _norm(directions),
             "retries": float(sum(c.retries for c in self._now.values())),
             "failures": float(sum(c.failures for c in self._now.values())),
+            **self._now.numbers(),
         }
 
     def targets(self, targets: Tensor | None) -> None:

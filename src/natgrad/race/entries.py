@@ -271,6 +271,10 @@ ENTRIES = {
         Entry("ngplus", natural(lambda: natgrad.NGPlus()), _natural_space, natural=True),
         Entry("kfac-tridiagonal", natural(lambda: natgrad.BlockTridiagonal()), _natural_space, natural=True),
         *(Entry(name, natural(make), _natural_space, natural=True) for name, make in TWO_LEVEL.items()),
+        Entry("kpsvd", natural(lambda: natgrad.KPSVD()), _natural_space, natural=True),
+        Entry("deflated", natural(lambda: natgrad.Deflated()), _natural_space, natural=True),
+        Entry("lanczos", natural(lambda: natgrad.Lanczos()), _natural_space, natural=True),
+        Entry("kfac-corrected", natural(lambda: natgrad.CorrectedKFAC()), _natural_space, natural=True),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
         Entry("fngd", fngd, _fngd_space, FNGD, natural=True, variants=FNGD_VARIANTS, learns=True),
     )
