@@ -34,6 +34,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/races.py
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:
