@@ -119,6 +119,14 @@ def test_law_01_symmetry_and_trace(make: Callable[..., Matrix], groups: tuple[in
 
 
 @every_matrix_and_groups
+def test_the_norm_is_that_of_the_dense_twin(make: Callable[..., Matrix], groups: tuple[int, ...]) -> None:
+    matrix = make(*groups)
+    norm = matrix.norm()
+    assert norm.shape == matrix.shape[:-2]
+    assert_equal(norm, matrix.dense().square().sum((-2, -1)).sqrt())
+
+
+@every_matrix_and_groups
 @pytest.mark.parametrize("damping", [1e-4, 1e-1, 1e2])
 def test_law_01_damped_inverse_is_the_dense_solve(
     make: Callable[..., Matrix], groups: tuple[int, ...], damping: float

@@ -55,6 +55,10 @@ class Matrix(LinearMap):
     def trace(self) -> Tensor:
         """The trace, of shape (*groups)."""
 
+    def norm(self) -> Tensor:
+        """The Frobenius norm, of shape (*groups); where a class does not know better, of the matrix written out."""
+        return torch.linalg.matrix_norm(self.dense())
+
 
 def check_damping(damping: float, name: str = "damping") -> float:
     """The damping itself if it is a finite number of at least 0, else a ``ValueError``."""

@@ -55,6 +55,10 @@ class Grouped(GroupedMap, Matrix):
         """The sum of the groups' traces."""
         return self.inner.trace().sum()
 
+    def norm(self) -> Tensor:
+        """The root of the sum of the groups' squared norms."""
+        return torch.linalg.vector_norm(self.inner.norm())
+
 
 class NetworkMap(Protocol):
     """A linear map on dicts of tensors: a block (*groups, out, in) per layer, by the layer's name."""

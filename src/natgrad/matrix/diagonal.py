@@ -44,3 +44,7 @@ class Diagonal(Matrix):
     def trace(self) -> Tensor:
         """The sum of the values."""
         return self.values.sum((-2, -1))
+
+    def norm(self) -> Tensor:
+        """The root of the sum of the squared values."""
+        return torch.linalg.matrix_norm(self.values)

@@ -102,6 +102,13 @@ class KroneckerSum(Matrix):
         """tr(S) tr(R) + tr(Q) tr(P)."""
         return _trace(self.left) * _trace(self.right) + _trace(self.second_left) * _trace(self.second_right)
 
+    def norm(self) -> Tensor:
+        """The root of |S|^2 |R|^2 + 2 <S, Q> <R, P> + |Q|^2 |P|^2."""
+        squares = _inner(self.left, self.left) * _inner(self.right, self.right)
+        squares = squares + 2 * _inner(self.left, self.second_left) * _inner(self.right, self.second_right)
+        squares = squares + _inner(self.second_left, self.second_left) * _inner(self.second_right, self.second_right)
+        return squares.clamp(min=0).sqrt()
+
     def inverse(self, damping: float) -> KroneckerSumInverse:
         """(S_l kron R_l + Q kron P)^-1 with S_l and R_l damped by ``rule``, guarded.
 
@@ -123,6 +130,10 @@ class KroneckerSumInverse(Congruence):
     """K_2 ((K_2^T M K_1) * values) K_1^T; ``guarded`` (*groups) is the share of values that the guard has changed."""
 
     guarded: Tensor
+
+
+def _inner(X: Tensor, Y: Tensor) -> Tensor:
+    return (X * Y).sum((-2, -1))
 
 
 def _trace(X: Tensor) -> Tensor:

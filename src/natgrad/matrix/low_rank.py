@@ -65,6 +65,10 @@ class LowRank(Matrix):
         """sum_n |DW_n|^2 / count."""
         return self.seen.second_moment().sum((-2, -1)) / self.seen.count
 
+    def norm(self) -> Tensor:
+        """|K| / count: the matrix and the Gram matrix have the same eigenvalues, but for the count and zeros."""
+        return torch.linalg.matrix_norm(self.seen.gram()) / self.seen.count
+
 
 @dataclass(frozen=True)
 class LowRankInverse(LinearMap):

@@ -31,6 +31,10 @@ class Spectral(Congruence, Matrix):
         """The sum of the eigenvalues."""
         return self.values.sum((-2, -1))
 
+    def norm(self) -> Tensor:
+        """The root of the sum of the squared eigenvalues."""
+        return torch.linalg.matrix_norm(self.values)
+
     def power(self, exponent: float, damping: float = 0.0) -> Spectral:
         """(F + damping I)^exponent."""
         return self._with_values(self.values + check_damping(damping), exponent)
