@@ -1,4 +1,4 @@
-"""The command line: `natgrad race`, `natgrad bench`, `natgrad data`."""
+"""The command line: `natgrad race`, `natgrad bench`, `natgrad reproduce`, `natgrad data`."""
 
 import argparse
 import math
@@ -18,6 +18,7 @@ from natgrad.race.data import Dataset, MissingData, inventory
 from natgrad.race.entries import ENTRIES, POLICIES, Entry, find, with_policies
 from natgrad.race.progress import screen
 from natgrad.race.report import show, write_report
+from natgrad.race.reproduce import command as reproducing
 from natgrad.race.results import machine, write_json
 from natgrad.race.run import Rules, Run
 from natgrad.race.settings import merge, parse_overrides, read_book, settle, tuned
@@ -50,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the words of the command line; what a preset sets, the other options override."""
     parser = argparse.ArgumentParser(prog="natgrad", description="Race and time optimizers on small tasks.")
-    commands = parser.add_subparsers(required=True, metavar="race | bench | data")
+    commands = parser.add_subparsers(required=True, metavar="race | bench | reproduce | data")
     race = _race_options(commands)
     _bench_options(commands)
+    reproducing.add_options(commands)
     _data_options(commands)
     arguments = parser.parse_args(words)
     if getattr(arguments, "preset", None):

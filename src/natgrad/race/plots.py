@@ -12,14 +12,14 @@ from natgrad.race.summary import by_entry
 
 def plot(runs: Sequence[Run], title: str, folder: Path) -> list[Path]:
     """Draw both plots as PNG and SVG into `folder`; returns the two PNG files."""
-    files = []
-    for axis in ("steps", "seconds"):
-        figure = draw(runs, title, axis)
-        path = folder / f"loss-vs-{axis}.png"
-        figure.savefig(path, dpi=110)
-        figure.savefig(path.with_suffix(".svg"))
-        files.append(path)
-    return files
+    return [save(draw(runs, title, axis), folder / f"loss-vs-{axis}.png") for axis in ("steps", "seconds")]
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Save a figure as PNG at `path`, and as SVG beside it; returns `path`."""
+    figure.savefig(path, dpi=110)
+    figure.savefig(path.with_suffix(".svg"))
+    return path
 
 
 def draw(runs: Sequence[Run], title: str, axis: str) -> Any:

@@ -5,13 +5,14 @@ import json
 import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from natgrad.race.run import Epoch, Run
+from natgrad.race.run import Epoch, Point, Run
 
 PACKAGES = ("natgrad", "torch", "numpy", "heavyball", "pytorch_optimizer", "optuna", "sentencepiece", "sacrebleu")
 
@@ -64,6 +65,17 @@ def record(run: Run) -> dict[str, Any]:
             "curve": [_epoch(epoch) for epoch in run.epochs],
         }
     )
+
+
+def restored(held: Mapping[str, Any]) -> Run:
+    """The run that a record is of; numbers that were not finite come back as infinite."""
+    epochs = [_restored(dict(point)) for point in held["curve"]]
+    return Run(held["name"], held["seed"], held["configuration"], epochs, held["stopped"])
+
+
+def _restored(point: dict[str, Any]) -> Epoch:
+    losses, statistics = point.pop("batch_losses"), point.pop("statistics")
+    return Epoch(Point(**{**point, "loss": math.inf if point["loss"] is None else point["loss"]}), losses, statistics)
 
 
 def _epoch(epoch: Epoch) -> dict[str, Any]:
