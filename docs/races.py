@@ -62,7 +62,7 @@ PAGES: dict[str, Sequence[str]] = {
     "tengrad": ("tengrad",),
     "fngd": ("fngd",),
     "sngd": ("sngd", "foof", "ngplus"),
-    "two-level": ("two-level", "two-level-multiplicative"),
+    "two-level": ("two-level", "two-level-nicolaides"),
     "block-tridiagonal": ("kfac-tridiagonal",),
 }
 BESIDE = {"adamw": "#999999", "muon": "#666666", "kfac": "#c0c0c0"}

@@ -82,7 +82,9 @@ class Everything(CoarseSpace):
 def test_law_30_products_equal_those_of_the_loop_over_examples(network: Any) -> None:
     seen = two_batches(network)
     F, V = dense_joint_fisher(seen), gradients(seen)
-    joint = ObservedFisher.of({name: part.stats for name, part in parts_of(TwoLevel(), seen, 1.0).items()})
+    joint = ObservedFisher.of(
+        {name: part.stats for name, part in parts_of(TwoLevel(form="residual"), seen, 1.0).items()}
+    )
     assert_equal(flat(joint @ V), F @ flat(V))
 
 
@@ -90,7 +92,7 @@ def test_law_30_products_equal_those_of_the_loop_over_examples(network: Any) -> 
 def test_law_20_the_gram_matrix_equals_the_dense_one(network: Any) -> None:
     """F_c - damping R0 R0^T = R0 F R0^T, the off-diagonals within a layer included."""
     seen = two_batches(network)
-    parts, F = parts_of(TwoLevel(), seen, 1.0), dense_joint_fisher(seen)
+    parts, F = parts_of(TwoLevel(form="residual"), seen, 1.0), dense_joint_fisher(seen)
     joint = ObservedFisher.of({name: part.stats for name, part in parts.items()})
     rows = {name: torch.randn(number + 1, *block.shape) for number, (name, block) in enumerate(gradients(seen).items())}
     R0 = torch.zeros(sum(map(len, rows.values())), len(F))
@@ -104,7 +106,7 @@ def test_law_20_the_gram_matrix_equals_the_dense_one(network: Any) -> None:
 def test_layers_that_saw_other_examples_are_not_joined() -> None:
     model, x = perceptron()
     old, new = (seen_by(model, part) for part in (x[:15], x[15:]))
-    stale, fresh = (parts_of(TwoLevel(), seen, DAMPING) for seen in (old, new))
+    stale, fresh = (parts_of(TwoLevel(form="residual"), seen, DAMPING) for seen in (old, new))
     mixed = {**fresh, "2": stale["2"]}  # as many examples, but others
     M = gradients(new)
     F = torch.block_diag(dense_joint_fisher({"2": old["2"]}), torch.zeros(0, 0))
@@ -132,7 +134,7 @@ def test_law_20_with_all_weights_the_residual_form_is_the_dense_solve(network: A
     seen = two_batches(network)
     M, B = gradients(seen), dense_operator(seen, DAMPING)
     exact = torch.linalg.solve(B, flat(M))
-    assert_equal(flat(map_of(TwoLevel(base(), Everything()), seen, DAMPING) @ M), exact)
+    assert_equal(flat(map_of(TwoLevel(base(), Everything(), "residual"), seen, DAMPING) @ M), exact)
     assert_equal(flat(map_of(TwoLevel(base(), Everything(), "balanced"), seen, DAMPING) @ M), exact)
     additive = map_of(TwoLevel(base(), Everything(), "additive"), seen, DAMPING)
     assert error(flat(additive @ M), exact) > 0.1
@@ -142,7 +144,7 @@ def test_law_20_over_a_diagonal_and_over_dense_blocks() -> None:
     seen = two_batches(perceptron)
     M, B = gradients(seen), dense_operator(seen, DAMPING)
     for base in (Diagonal(), ExactFisher()):
-        found = map_of(TwoLevel(base, Everything()), seen, DAMPING)
+        found = map_of(TwoLevel(base, Everything(), "residual"), seen, DAMPING)
         assert_equal(flat(found @ M), torch.linalg.solve(B, flat(M)))
 
 
@@ -153,7 +155,7 @@ def test_law_20_the_error_falls_by_the_norm_of_the_coarse_step(network: Any, spa
     """|z - z*|_B^2 falls by omega (2 - omega) b^T F_c b, b = F_c^-1 R0 r, F_c = R0 B R0^T with the raw vectors."""
     seen = two_batches(network)
     M, B = gradients(seen), dense_operator(seen, DAMPING)
-    parts, exact = parts_of(TwoLevel(base(), space), seen, DAMPING), torch.linalg.solve(B, flat(M))
+    parts, exact = parts_of(TwoLevel(base(), space, "residual"), seen, DAMPING), torch.linalg.solve(B, flat(M))
     z = fine_step(parts, M)
     r = flat(M) - B @ z
     R0 = rows_of(space, parts, like(r, M))
@@ -161,7 +163,7 @@ def test_law_20_the_error_falls_by_the_norm_of_the_coarse_step(network: Any, spa
     drop = (R0 @ r) @ torch.linalg.solve(F_c, R0 @ r)
     assert drop > 0
     for omega in (1.0, 0.3, 1.8):
-        step = flat(TwoLevel(base(), space, omega=omega).couple(parts) @ M)
+        step = flat(TwoLevel(base(), space, "residual", omega).couple(parts) @ M)
         before, after = ((x - exact) @ B @ (x - exact) for x in (z, step))
         assert_equal(before - after, omega * (2 - omega) * drop, 1e-8)
 
@@ -171,7 +173,7 @@ def test_law_20_the_error_falls_by_the_norm_of_the_coarse_step(network: Any, spa
 def test_every_form_equals_its_formula(network: Any, space: CoarseSpace) -> None:
     seen = two_batches(network)
     M, B = gradients(seen), dense_operator(seen, DAMPING)
-    parts = parts_of(TwoLevel(KFAC(), space), seen, DAMPING)
+    parts = parts_of(TwoLevel(KFAC(), space, "residual"), seen, DAMPING)
     m, z = flat(M), fine_step(parts, M)
     R0 = rows_of(space, parts, like(m - B @ z, M))
     C = R0.mT @ torch.linalg.solve(R0 @ B @ R0.mT, R0)
@@ -189,7 +191,7 @@ def test_every_form_equals_its_formula(network: Any, space: CoarseSpace) -> None
 @every_space
 def test_the_rows_are_orthonormal_and_span_the_vectors(space: CoarseSpace) -> None:
     seen = two_batches(convolutions)
-    parts = parts_of(TwoLevel(), seen, DAMPING)
+    parts = parts_of(TwoLevel(form="residual"), seen, DAMPING)
     for name, r in gradients(seen).items():
         raw, rows = (make(parts[name].inverse, r).flatten(1) for make in (space.vectors, space.basis))
         assert_equal(rows @ rows.mT, torch.eye(len(raw)))
@@ -211,7 +213,7 @@ def test_the_spectral_vector_belongs_to_the_smallest_eigenvalues_of_both_factors
 
 def test_krylov_vectors_are_powers_of_the_fine_inverse() -> None:
     seen = two_batches(perceptron)
-    inverse, r = parts_of(TwoLevel(), seen, DAMPING)["0"].inverse, gradients(seen)["0"]
+    inverse, r = parts_of(TwoLevel(form="residual"), seen, DAMPING)["0"].inverse, gradients(seen)["0"]
     F_inverse, ones = inverse.dense(), torch.ones(r.numel())
     nicolaides, residual = (space.vectors(inverse, r).flatten(1) for space in (KrylovNicolaides(), KrylovResidual()))
     assert_equal(nicolaides, torch.stack([ones, F_inverse @ ones]))
@@ -228,7 +230,7 @@ def test_krylov_vectors_are_powers_of_the_fine_inverse() -> None:
         ({"base": KFAC}, "base must be an approximation that works layer by layer"),
         ({"space": "nicolaides"}, "space must be a coarse space, for example Nicolaides"),
         ({"form": "sum"}, "form must be one of 'residual', 'additive', 'balanced', got 'sum'"),
-        ({"space": Tselepidis()}, "Tselepidis has the form 'additive' only, got 'residual'"),
+        ({"space": Tselepidis(), "form": "residual"}, "Tselepidis has the form 'additive' only, got 'residual'"),
         ({"omega": 0.0}, "omega must be a finite number > 0, got 0.0"),
         ({"omega": float("nan")}, "omega must be a finite number > 0, got nan"),
         ({"form": "balanced", "omega": 0.5}, "the balanced form has no omega, got 0.5"),
@@ -247,7 +249,7 @@ def test_what_the_base_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="above limit=20"):
         natgrad.NaturalGradient(model, TwoLevel(ExactFisher(limit=20)))
     with pytest.raises(ValueError, match="TwoLevel joins layers in its inverse and has no matrix per layer"):
-        natgrad.fisher(model, TwoLevel(), Categorical(), [(torch.randn(3, 4), None)])
+        natgrad.fisher(model, TwoLevel(form="residual"), Categorical(), [(torch.randn(3, 4), None)])
 
 
 def test_cadence_and_corrections_are_those_of_the_base() -> None:

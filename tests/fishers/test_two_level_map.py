@@ -78,7 +78,7 @@ def test_law_02_additive_and_balanced_maps_are_symmetric_positive_definite(netwo
 @every_network
 def test_law_02_the_residual_map_is_not_symmetric(network: Any) -> None:
     seen = two_batches(network)
-    T = dense_map(map_of(TwoLevel(), seen, DAMPING), gradients(seen))
+    T = dense_map(map_of(TwoLevel(form="residual"), seen, DAMPING), gradients(seen))
     assert error(T, T.mT) > 1e-3
 
 
@@ -94,7 +94,7 @@ class Overlong(KFAC):
 def test_a_step_that_would_not_descend_is_replaced_by_the_fine_one() -> None:
     """Along the lowest eigenvector of the symmetric part of the residual map, which is not positive."""
     seen = two_batches(perceptron)
-    approximation = TwoLevel(Overlong(), Nicolaides())
+    approximation = TwoLevel(Overlong(), Nicolaides(), "residual")
     parts, M, B = parts_of(approximation, seen, 1e-3), gradients(seen), dense_operator(seen, 1e-3)
     fine = torch.block_diag(*(part.inverse.dense() for part in parts.values()))
     R0 = rows_of(Nicolaides(), parts, M)
@@ -109,9 +109,9 @@ def test_a_step_that_would_not_descend_is_replaced_by_the_fine_one() -> None:
 
 def test_a_coarse_matrix_that_is_singular_leaves_the_fine_step() -> None:
     seen = {name: [Capture(c.a, 0 * c.g, c.count, c.rows) for c in cs] for name, cs in two_batches(perceptron).items()}
-    M, parts = gradients(seen), parts_of(TwoLevel(), seen, DAMPING)
+    M, parts = gradients(seen), parts_of(TwoLevel(form="residual"), seen, DAMPING)
     undamped = {name: replace(part, damping=0.0) for name, part in parts.items()}
-    found = flat(TwoLevel().couple(undamped) @ M)
+    found = flat(TwoLevel(form="residual").couple(undamped) @ M)
     assert torch.isfinite(found).all()
     assert_equal(found, fine_step(parts, M))
 
@@ -150,7 +150,7 @@ def test_layers_that_m_lacks_are_as_if_the_network_had_not_had_them(space: Coars
 
 
 def test_the_fixed_coarse_matrix_is_made_once() -> None:
-    joint = map_of(TwoLevel(), two_batches(perceptron), DAMPING)
+    joint = map_of(TwoLevel(form="residual"), two_batches(perceptron), DAMPING)
     assert isinstance(joint, TwoLevelMap)
     assert joint._fixed is joint._fixed
 
@@ -160,8 +160,8 @@ def test_float32_is_close_to_float64_and_blocks_keep_their_dtype(space: CoarseSp
     seen = two_batches(convolutions)
     M = gradients(seen)
     single = {name: [c.to(torch.float32) for c in captures] for name, captures in seen.items()}
-    expected = flat(map_of(TwoLevel(KFAC(), space), seen, 1.0) @ M)
-    joint = map_of(TwoLevel(KFAC(), space), single, 1.0)
+    expected = flat(map_of(TwoLevel(KFAC(), space, "residual"), seen, 1.0) @ M)
+    joint = map_of(TwoLevel(KFAC(), space, "residual"), single, 1.0)
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
         found = joint @ {name: block.to(dtype) for name, block in M.items()}
         assert all(block.dtype == dtype for block in found.values())
@@ -177,13 +177,13 @@ def test_law_26_the_same_map_whole_or_in_parts_and_with_padding(space: CoarseSpa
         a, g = (torch.cat([y, torch.zeros_like(y)], -2) for y in (seen.a, seen.g))
         padded[name] = [Capture(a, g, seen.count, seen.rows)]
     M = gradients(whole)
-    expected = flat(map_of(TwoLevel(KFAC(), space), whole, DAMPING) @ M)
+    expected = flat(map_of(TwoLevel(KFAC(), space, "residual"), whole, DAMPING) @ M)
     for split in (parts, padded):
-        assert_equal(flat(map_of(TwoLevel(KFAC(), space), split, DAMPING) @ M), expected)
+        assert_equal(flat(map_of(TwoLevel(KFAC(), space, "residual"), split, DAMPING) @ M), expected)
 
 
 def test_examples_are_replaced_and_the_base_averages_its_own() -> None:
-    approximation = TwoLevel(EKFAC())
+    approximation = TwoLevel(EKFAC(), form="residual")
     first, second = random_capture(1), random_capture(2)
     old = approximation.merge(None, approximation.observe(first), 0.0)
     merged = approximation.merge(old, approximation.observe(second), 0.9)

@@ -34,10 +34,10 @@ from natgrad.matrix import FactorisationError, LinearMap
 from oracles import assert_equal, block, jacobians
 
 COUPLED: dict[str, Approximation] = {
-    "Nicolaides": TwoLevel(),
-    "Nicolaides-EKFAC": TwoLevel(EKFAC()),
-    "Spectral": TwoLevel(KFAC(), SpectralSpace()),
-    "Residual": TwoLevel(KFAC(), ResidualSpace(), omega=0.5),
+    "Nicolaides": TwoLevel(form="residual"),
+    "Nicolaides-EKFAC": TwoLevel(EKFAC(), form="residual"),
+    "Spectral": TwoLevel(KFAC(), SpectralSpace(), "residual"),
+    "Residual": TwoLevel(KFAC(), ResidualSpace(), "residual", 0.5),
     "KrylovNicolaides": TwoLevel(KFAC(), KrylovNicolaides(), "balanced"),
     "KrylovResidual": TwoLevel(KFAC(), KrylovResidual(), "additive"),
     "Tselepidis": TwoLevel(KFAC(), Tselepidis(), "additive"),
@@ -59,7 +59,7 @@ def test_with_all_weights_a_step_is_that_of_the_exact_natural_gradient_of_the_ne
     model, x, y = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(7, 4), torch.randn(7, 2)
     optimizer = optimizer_of(
         model,
-        TwoLevel(KFAC(), Everything()),
+        TwoLevel(KFAC(), Everything(), "residual"),
         likelihood=Gaussian(),
         estimator="exact",
         step_size=Constant(),
@@ -110,7 +110,7 @@ def test_layers_that_are_joined_have_one_length(policy: Any) -> None:
     """The ratio of the layers is the map's business: without lengths of their own the run is the same."""
     quadratic = QuadraticModel(per_layer=False)
     without = quadratic if isinstance(policy, QuadraticModel) else Automatic(precise=quadratic)
-    for approximation, alike in ((TwoLevel(), True), (KFAC(), False)):
+    for approximation, alike in ((TwoLevel(form="residual"), True), (KFAC(), False)):
         own, common = network(), network()
         train(own, optimizer_of(own, approximation, step_size=policy), batches_of())
         train(common, optimizer_of(common, approximation, step_size=without), batches_of())

@@ -243,12 +243,12 @@ FNGD_VARIANTS = {rule: {"coefficients": rule} for rule in ("scalar", "sample", "
 
 TWO_LEVEL: dict[str, Callable[[], Any]] = {
     "two-level": lambda: natgrad.TwoLevel(),
-    "two-level-additive": lambda: natgrad.TwoLevel(form="additive"),
-    "two-level-spectral": lambda: natgrad.TwoLevel(space=natgrad.SpectralSpace()),
-    "two-level-residual": lambda: natgrad.TwoLevel(space=natgrad.ResidualSpace()),
-    "two-level-krylov-nicolaides": lambda: natgrad.TwoLevel(space=natgrad.KrylovNicolaides()),
-    "two-level-krylov-residual": lambda: natgrad.TwoLevel(space=natgrad.KrylovResidual()),
-    "two-level-tselepidis": lambda: natgrad.TwoLevel(natgrad.KFAC(Tikhonov()), natgrad.Tselepidis(), form="additive"),
+    "two-level-nicolaides": lambda: natgrad.TwoLevel(form="residual"),
+    "two-level-spectral": lambda: natgrad.TwoLevel(space=natgrad.SpectralSpace(), form="residual"),
+    "two-level-residual": lambda: natgrad.TwoLevel(space=natgrad.ResidualSpace(), form="residual"),
+    "two-level-krylov-nicolaides": lambda: natgrad.TwoLevel(space=natgrad.KrylovNicolaides(), form="residual"),
+    "two-level-krylov-residual": lambda: natgrad.TwoLevel(space=natgrad.KrylovResidual(), form="residual"),
+    "two-level-tselepidis": lambda: natgrad.TwoLevel(natgrad.KFAC(Tikhonov()), natgrad.Tselepidis()),
 }
 
 ENTRIES = {

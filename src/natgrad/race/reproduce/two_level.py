@@ -20,8 +20,7 @@ def published(*losses: float, note: str) -> Published:
 
 def rows(scale: float, kfac: tuple[float, float], spaces: tuple[float, float], *rates: float) -> tuple[Row, ...]:
     """KFAC, KFAC with every coarse space, SGD, Adam; tuned from (lr, damping) of KFAC and of the rest."""
-    entries = {name: "two-level" if name == "two-level-nicolaides" else name for name in SPACES}
-    coarse = (row(n, entries[n], scale, *(kfac if n == "two-level-tselepidis" else spaces)) for n in SPACES)
+    coarse = (row(n, n, scale, *(kfac if n == "two-level-tselepidis" else spaces)) for n in SPACES)
     return (row("kfac", "kfac", scale, *kfac), *coarse, *first_order(*rates))
 
 
