@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture import Capture, Examples, Weights
 from natgrad.labels import Labels
-from natgrad.layers import Layer
+from natgrad.layers import RULES, Exposed, Layer
 from natgrad.weighting import Weighting
 
 Sharing = Literal["expand", "reduce"]
@@ -26,10 +27,14 @@ Sharing = Literal["expand", "reduce"]
 
 @dataclass
 class Call:
-    """One call of one layer: its input, where its output stands in the graph, and the gradients there, one per seed."""
+    """One call of one layer: its input, where its output stands in the graph, and the gradients there, one per seed.
+
+    ``read`` brings a gradient into the form (n, ...) that x has.
+    """
 
     x: Tensor
     edge: GradientEdge | None
+    read: Callable[[Tensor], Tensor]
     gradients: list[Tensor | None] = field(default_factory=list)
 
 
@@ -58,7 +63,7 @@ class Record:
         n = max(1, round(fraction * len(calls[0].x)))
         a = torch.cat([layer.adapter.inputs(layer.module, call.x[:n]) for call in calls], -2)
         for seed in range(len(calls[0].gradients)):
-            g = torch.cat([layer.adapter.outputs(layer.module, _gradient(layer, call, seed)[:n]) for call in calls], -2)
+            g = torch.cat([layer.adapter.outputs(layer.module, _gradient(call, seed)[:n]) for call in calls], -2)
             a, g = (a, g.to(a.dtype)) if a.dtype.itemsize >= 4 else (a.float(), g.float())
             yield self._capture(a, g if self.scale == 1.0 else g * self.scale, n, sharing)
 
@@ -67,7 +72,7 @@ class Record:
         total = None
         for call in self._reached(layer):
             y = layer.adapter.forward(layer.module, tensors, call.x.to(tensors[0].dtype)).flatten(1)
-            gradients = [_gradient(layer, call, seed).flatten(1).to(y.dtype) for seed in range(len(call.gradients))]
+            gradients = [_gradient(call, seed).flatten(1).to(y.dtype) for seed in range(len(call.gradients))]
             u = torch.stack([(y * g).sum(-1, dtype=torch.promote_types(y.dtype, torch.float32)) for g in gradients])
             total = u if total is None else total + u
         return total if total is None else total * self.scale
@@ -120,14 +125,24 @@ class Engine:
         self.labels = labels
         self.needs_ids = False
         self.ids: Tensor | None = None
+        self.unread: dict[str, str] = {}  # layers that could not be recorded, and why
         self._model, self._passing = model, 0
         self._weightings: list[Weighting] = []
         self._which = Examples()
         self._only_training = only_training
         self._records: list[Record] = []
         self._current: Record | None = None
+        self._exposed: list[Exposed | None] = []
         self._handles = [model.register_forward_pre_hook(self._enter)]
-        self._handles += [layer.module.register_forward_hook(self._layer_hook(layer)) for layer in layers]
+        owners: dict[nn.Module, list[Layer]] = {}
+        for layer in layers:
+            if layer.owner is None:
+                self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
+            else:
+                owners.setdefault(layer.owner, []).append(layer)
+        for owner, used in owners.items():
+            self._handles.append(owner.register_forward_pre_hook(self._opening_hook(used)))
+            self._handles.append(owner.register_forward_hook(self._closing_hook, always_call=True))
         self._handles.append(
             model.register_forward_hook(self._leave, with_kwargs=True)
         )  # last: the model may be a layer
@@ -192,18 +207,42 @@ class Engine:
             raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
 
     def _layer_hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        read = partial(layer.adapter.batched, layer.module)
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._current is None or not output.requires_grad:
-                return
-            call = Call(layer.adapter.batched(module, args[0].detach()), None)
-            self._count(call.x)
-            if self.labels is None:
-                output.register_hook(_gather(self._current, call))
-            else:
-                call.edge = get_gradient_edge(output)
-            self._current.calls.setdefault(layer.name, []).append(call)
+            if self._current is not None and output.requires_grad:
+                self._saw(layer, read(args[0].detach()), output, read)
 
         return hook
+
+    def _opening_hook(self, layers: list[Layer]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            active = self.armed and self._training  # not recorded alone: checkpoints run the same operations again
+            self._exposed.append(Exposed(layers, RULES, self._saw, self._unread) if active else None)
+            if active:
+                self._exposed[-1].__enter__()
+
+        return hook
+
+    def _closing_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        exposed = self._exposed.pop()
+        if exposed is not None:
+            exposed.__exit__(None, None, None)
+
+    def _saw(self, layer: Layer, x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+        """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""
+        if self._current is None or not output.requires_grad:
+            return
+        call = Call(x, None, read)
+        self._count(x)
+        if self.labels is None:
+            output.register_hook(_gather(self._current, call))
+        else:
+            call.edge = get_gradient_edge(output)
+        self._current.calls.setdefault(layer.name, []).append(call)
+
+    def _unread(self, layer: Layer, reason: str) -> None:
+        self.unread[layer.name] = reason
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         record, self._current = self._current, None
@@ -245,8 +284,8 @@ def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:
     return hook
 
 
-def _gradient(layer: Layer, call: Call, seed: int) -> Tensor:
+def _gradient(call: Call, seed: int) -> Tensor:
     gradient = call.gradients[seed]
     if gradient is None:  # this seed does not reach the layer, another one does
         gradient = torch.zeros_like(next(g for g in call.gradients if g is not None))
-    return layer.adapter.batched(layer.module, gradient)
+    return call.read(gradient)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natgrad.layers import attention, recurrent
 from natgrad.layers.base import Adapter
 from natgrad.layers.conv import ConvAdapter
+from natgrad.layers.functional import Exposed, LinearPart, Rule
 from natgrad.layers.linear import LinearAdapter
+
+Known = TypeVar("Known")
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {
     nn.Linear: LinearAdapter(),
@@ -19,19 +25,38 @@ _ADAPTERS: dict[type[nn.Module], Adapter] = {
     nn.Conv3d: ConvAdapter(),
 }
 
+_PARTS: dict[type[nn.Module], Callable[[nn.Module], dict[str, tuple[nn.Module, LinearPart]]]] = {
+    nn.MultiheadAttention: attention.attention_parts,
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell), recurrent.recurrent_parts),
+}
+RULES: dict[Any, Rule] = {F.linear: Exposed.linear, **attention.RULES, **recurrent.RULES}
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A covered layer: its name in the model, its module, and the adapter that reads it."""
+    """A covered layer: its name in the model, the module that has its parameters, and the adapter that reads it.
+
+    ``owner`` is the module whose forward uses the parameters, without calling ``module``, where there is one.
+    """
 
     name: str
     module: nn.Module
     adapter: Adapter
+    owner: nn.Module | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the block, the weight first."""
         return self.adapter.parameters(self.module)
+
+    @property
+    def slot(self) -> str:
+        """What the names of the block's state begin with."""
+        return self.adapter.slot
+
+    def parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those entries of tensors like the parameters that are in the block, as views."""
+        return self.adapter.parts(tensors)
 
     @property
     def shape(self) -> torch.Size:
@@ -43,7 +68,7 @@ class Layer:
         return self.adapter.pack(self.module, tensors)
 
     def unpack(self, block: Tensor) -> list[Tensor]:
-        """A block as tensors like the parameters."""
+        """A block as tensors like the parts of the parameters."""
         return self.adapter.unpack(self.module, block)
 
 
@@ -57,16 +82,30 @@ class Coverage:
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of a module: of its class, or of the base class whose ``forward`` it inherits unchanged."""
+    return _known(module, _ADAPTERS)
+
+
+def _known(module: nn.Module, table: Mapping[type[nn.Module], Known]) -> Known | None:
     for kind in type(module).__mro__:
-        if kind in _ADAPTERS and type(module).forward is kind.forward:
-            return _ADAPTERS[kind]
+        if kind in table and type(module).forward is kind.forward:
+            return table[kind]
     return None
 
 
-def cover(model: nn.Module, exclude: Iterable[str] = ()) -> Coverage:
+def _layers_of(name: str, module: nn.Module) -> Iterator[Layer]:
+    """The layers of a module, trained or not: itself, or the parts that its forward uses."""
+    adapter, parts = adapter_of(module), _known(module, _PARTS)
+    if adapter:
+        yield Layer(name, module, adapter)
+    for part, (holder, adapter) in (parts(module) if parts else {}).items():
+        yield Layer(f"{name}.{part}" if name else part, holder, adapter, module)
+
+
+def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True) -> Coverage:
     """Find the layers of ``model`` that have an adapter, and say why the other parameters have none.
 
-    ``exclude`` names modules that are left out with all they contain; ``ValueError`` for a name that is none.
+    ``exclude`` names modules that are left out with all they contain; ``ValueError`` for a name that is none. Without
+    ``functional``, layers that are not called as modules are left out.
     """
     excluded = set(exclude)
     unknown = excluded - {name for name, _ in model.named_modules()}
@@ -75,32 +114,45 @@ def cover(model: nn.Module, exclude: Iterable[str] = ()) -> Coverage:
     uses: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(parameter, []).append(name)
-    layers: dict[str, Layer] = {}
+    found: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        adapter = None if _within(name, excluded) else adapter_of(module)
-        weight = module._parameters.get("weight")
-        if adapter and isinstance(weight, nn.Parameter) and weight.requires_grad:
-            layer = Layer(name, module, adapter)
-            if all(len(uses[p]) == 1 for p in layer.parameters):
-                layers[name] = layer
+        for layer in _layers_of(name, module):
+            found.setdefault(layer.name, layer)  # an owner comes before the modules that it does not call
+    layers = {
+        name: layer
+        for name, layer in found.items()
+        if (functional or layer.owner is None) and not _within(name, excluded) and layer.adapter.trained(layer.module)
+        if all(len(uses[p]) == 1 for p in layer.parameters)
+    }
     covered = {id(p) for layer in layers.values() for p in layer.parameters}
     left = {names[0]: p for p, names in uses.items() if p.requires_grad and id(p) not in covered}
-    return Coverage(layers, {name: _reason(model, name, uses[p], excluded) for name, p in left.items()})
+    owners = {id(p): layer.owner for layer in found.values() if layer.owner for p in layer.parameters}
+    reasons = {}
+    for name, p in left.items():
+        owner = owners.get(id(p))
+        reasons[name] = _reason(model, name, uses[p], excluded, owner, functional)
+    return Coverage(layers, reasons)
 
 
 def _within(name: str, excluded: set[str]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in excluded)
 
 
-def _reason(model: nn.Module, name: str, names: list[str], excluded: set[str]) -> str:
+def _reason(
+    model: nn.Module, name: str, names: list[str], excluded: set[str], owner: nn.Module | None, functional: bool
+) -> str:
     if _within(name, excluded):
         return "excluded"
     if len(names) > 1:
         return f"one parameter in several places: {', '.join(names)}"
     module = model.get_submodule(name.rpartition(".")[0])
-    if adapter_of(module):
+    if owner and not functional:
+        return f"used inside {type(owner).__name__}, not called as a module"
+    if owner or adapter_of(module):
         return "the layer's weight is frozen or not a plain parameter"
+    if _known(module, _PARTS):
+        return f"not a weight matrix of {type(module).__name__}"
     return f"no adapter for {type(module).__name__}"
 
 
-__all__ = ["Adapter", "Coverage", "Layer", "adapter_of", "cover"]
+__all__ = ["RULES", "Adapter", "Coverage", "Exposed", "Layer", "adapter_of", "cover"]

@@ -14,6 +14,17 @@ class Adapter(ABC):
     The *block* of a layer is its weight as (*groups, out, in), with the bias as the last column if it is trained.
     """
 
+    slot = ""
+    """What the names of a block's state begin with, where several blocks are parts of one parameter."""
+
+    def parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those entries of tensors like ``parameters(module)`` that are in the block, as views."""
+        return tensors
+
+    def trained(self, module: nn.Module) -> bool:
+        """Whether the block's weight is a plain parameter, and trained."""
+        return is_trained(module, "weight")
+
     def has_bias(self, module: nn.Module) -> bool:
         """Whether the block has a bias column."""
         bias = getattr(module, "bias", None)
@@ -42,7 +53,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def unpack(self, module: nn.Module, block: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`pack`."""
+        """A block as tensors like ``parts(parameters(module))``: the inverse of :meth:`pack`."""
 
     @abstractmethod
     def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
@@ -57,6 +68,12 @@ class Adapter(ABC):
             tensors = [p.detach().requires_grad_() for p in self.parameters(module)]
             y = self.forward(module, tensors, x.detach())
             return list(torch.autograd.grad(y, tensors, g * w.view(-1, *(1,) * (g.ndim - 1))))
+
+
+def is_trained(module: nn.Module, name: str | None) -> bool:
+    """Whether a module has a plain parameter of this name, and trains it."""
+    parameter = module._parameters.get(name) if name else None
+    return parameter is not None and parameter.requires_grad
 
 
 def weigh(x: Tensor, g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

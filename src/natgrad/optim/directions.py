@@ -113,11 +113,16 @@ class Directions:
         assert self.model is not None and self.labels is not None and record.inputs is not None
         args, kwargs = record.inputs
         names = {id(p): name for name, p in self.model.named_parameters()}
-        primal, tangent = {}, {}
+        primal: dict[str, Tensor] = {}
+        tangent: dict[str, Tensor] = {}
         for key, layer in self.layers.items():
-            for parameter, direction in zip(layer.parameters, layer.unpack(V[key]), strict=True):
-                name = names[id(parameter)]
-                primal[name], tangent[name] = parameter.detach(), direction.contiguous()
+            own = [names[id(parameter)] for parameter in layer.parameters]
+            for name, parameter in zip(own, layer.parameters, strict=True):
+                primal[name] = parameter.detach()
+                tangent.setdefault(name, torch.zeros_like(parameter))
+            parts = layer.parts([tangent[name] for name in own])
+            for part, direction in zip(parts, layer.unpack(V[key]), strict=True):
+                part.copy_(direction)
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         model, select = self.model, self.labels.select
 

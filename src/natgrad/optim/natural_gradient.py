@@ -109,7 +109,7 @@ class NaturalGradient(torch.optim.Optimizer):
             observe_every = getattr(approximation, "observe_every", 1)
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
-        found = cover(model, exclude)
+        found = cover(model, exclude, functional=not isinstance(approximation, Weighted))
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
         self.step_size, self.damping = step_size, as_damping(damping)
         self._curvature = Layerwise(
@@ -150,8 +150,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def statistics(self) -> dict[str, float]:
         """Numbers to log, of the last step and in total; reading them may wait for the device."""
-        gradients = [p.grad for layer in self.layers.values() for p in layer.parameters if p.grad is not None]
-        directions = [self.state[w]["momentum"] for w in self._weights() if "momentum" in self.state[w]]
+        gradients = [p.grad for group in self._natural_groups() for p in group["params"] if p.grad is not None]
+        kept = [self._kept(layer) for layer in self.layers.values()]
+        directions = [state["momentum"] for state in kept if "momentum" in state]
         return {
             **{name: float(value) for name, value in self._clock.items() if name != "memory"},
             **self._clock["memory"],
@@ -177,7 +178,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._engine.ids = ids.to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:
-        return coverage_table(self.model, self.layers, self._now, self.uncovered)
+        return coverage_table(self.model, self.layers, self._now, self.uncovered, self._engine.unread)
 
     # One step.
 
@@ -269,7 +270,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """The directions of the step, and the learning rate that they all share."""
         M = blocks(layers)
         D = self._curvature.precondition(curvature, M)
-        P = {name: self.state[layer.parameters[0]].get("momentum") for name, layer in layers.items()}
+        P = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
         P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
@@ -296,7 +297,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
         rates = {key: group["lr"] for key, group in self._settings().items()}
-        unseen = [p for name, layer in self.layers.items() if name not in proposal.moves for p in layer.parameters]
+        moved = {id(p) for name in proposal.moves for p in self.layers[name].parameters}
+        unseen = [p for group in self._natural_groups() for p in group["params"] if id(p) not in moved]
         adamw_step([p for p in unseen if rates[id(p)]], self.state, self._adamw)
 
     def _remember(self, layer: Layer, curvature: LayerCurvature) -> None:
@@ -304,9 +306,10 @@ class NaturalGradient(torch.optim.Optimizer):
         weight, *others = layer.parameters
         for p in others:
             self.state.setdefault(p, {})
-        self.state[weight].update(curvature.state())
-        if "momentum" not in self.state[weight]:
-            self.state[weight]["momentum"] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
+        self.state[weight].update({f"{layer.slot}{name}": value for name, value in curvature.state().items()})
+        if f"{layer.slot}momentum" not in self.state[weight]:
+            zeros = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
+            self.state[weight][f"{layer.slot}momentum"] = zeros
 
     # Helpers.
 
@@ -327,8 +330,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """The natural group of every covered parameter, by the parameter's id."""
         return {id(p): group for group in self._natural_groups() for p in group["params"]}
 
-    def _weights(self) -> list[nn.Parameter]:
-        return [layer.parameters[0] for layer in self.layers.values()]
+    def _kept(self, layer: Layer) -> dict[str, Any]:
+        """What the state holds of a layer."""
+        state = self.state[layer.parameters[0]]
+        return {name.removeprefix(layer.slot): value for name, value in state.items() if name.startswith(layer.slot)}
 
     def _rest(self, names: list[str]) -> Tensor | None:
         """A number that is finite if all gradients are that no inner product covers."""
@@ -361,7 +366,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
         self._now, self._report, self._multiples = State(), {}, {}
-        states = {name: self.state[layer.parameters[0]] for name, layer in self.layers.items()}
+        states = {name: self._kept(layer) for name, layer in self.layers.items()}
         if all("observations" in state for state in states.values()):
             self._now = self._curvature.restored(states)
         self._arm()

@@ -39,14 +39,14 @@ def move(
     mu = proposal.decision.mu
     for name, layer in layers.items():
         parameters = layer.parameters
-        P, group = state[parameters[0]]["momentum"], settings[id(parameters[0])]
+        P, group = state[parameters[0]][f"{layer.slot}momentum"], settings[id(parameters[0])]
         moves = proposal.moves.get(name)
         if moves is None or not group["lr"]:
             P.zero_()
         if moves is None:
             continue
         alpha = proposal.decision.alpha * proposal.factors[name]
-        for parameter, step, D in zip(parameters, layer.unpack(P), moves, strict=True):
+        for parameter, step, D in zip(layer.parts(list(parameters)), layer.unpack(P), moves, strict=True):
             if group["lr"]:
                 step.mul_(mu)
             if group["lr"] and D is not None:

@@ -45,7 +45,8 @@ def reconstruct(
     Adam, and weight decay on W' is decay in the norm of F~. Layers that the data do not reach stay as they are.
 
     Args:
-        model: any module; layers without an adapter, frozen, tied or excluded ones stay as they are.
+        model: any module; layers without an adapter, frozen, tied or excluded ones, and those that are not
+            called as modules (attention, recurrences) stay as they are.
         batches: (inputs, targets) pairs for the statistics, read once, in ``eval()`` mode.
         approximation: the metric. ``SNGD()``: inputs only; ``KFAC(rule=Ridge())`` with ``damping=1e-4``: both sides;
             ``UnitWise()``: one matrix per output; or any other whose matrix has a root.
@@ -71,7 +72,7 @@ def reconstruct(
     settings = Settings(approximation, likelihood, activations, estimator, damping, root, seed)
     if fisher_layers_of(model):
         raise ValueError("the model is reconstructed already: refresh it, or restore it first")
-    layers = cover(model, exclude).layers
+    layers = cover(model, exclude, functional=False).layers
     if not layers:
         raise ValueError("the model has no layer that an adapter covers")
     for layer in layers.values():

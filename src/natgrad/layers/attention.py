@@ -1,0 +1,54 @@
+"""nn.MultiheadAttention: its projections, packed or not, and the one of its output; none of them is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natgrad.layers.functional import Exposed, LinearPart, Rule
+
+
+def attention_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
+    """The blocks of q, k and v, rows of ``in_proj_weight`` where all widths agree, and that of ``out_proj``."""
+    assert isinstance(module, nn.MultiheadAttention)
+    width, bias = module.embed_dim, None if module.in_proj_bias is None else "in_proj_bias"
+    parts: dict[str, tuple[nn.Module, LinearPart]] = {}
+    for number, letter in enumerate("qkv"):
+        first = number * width
+        if module._qkv_same_embed_dim:
+            part = LinearPart("in_proj_weight", bias, width, first, first, f"{letter}.")
+        else:
+            part = LinearPart(f"{letter}_proj_weight", bias, width, 0, first)
+        parts[f"in_proj.{letter}"] = module, part
+    return {**parts, "out_proj": (module.out_proj, LinearPart("weight", "bias", width))}
+
+
+def attention(exposed: Exposed, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``F.multi_head_attention_forward``: torch's own code, its projections seen; they are of (l, n, E) or (l n, E)."""
+    n = query.shape[1] if query.ndim == 3 else 1
+
+    def examples_first(x: Tensor) -> Tensor:
+        return x.reshape(-1, n, x.shape[-1]).transpose(0, 1)
+
+    def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return exposed.linear(x, w, b, examples_first)
+
+    return _with(linear, F.multi_head_attention_forward)(query, *args, **kwargs)
+
+
+def _with(linear: Callable[..., Tensor], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of ``torch.nn.functional`` that takes ``linear`` for ``F.linear``, as do the helpers that it calls."""
+    scope = {**vars(F), "linear": linear}
+    for helper in (function, F._in_projection_packed, F._in_projection):
+        assert isinstance(helper, FunctionType)
+        mine = FunctionType(helper.__code__, scope, helper.__name__, helper.__defaults__, helper.__closure__)
+        mine.__kwdefaults__ = helper.__kwdefaults__
+        scope[helper.__name__] = mine
+    return scope[function.__name__]
+
+
+RULES: dict[Any, Rule] = {F.multi_head_attention_forward: attention}
