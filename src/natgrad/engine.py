@@ -218,9 +218,11 @@ class Engine:
     def _opening_hook(self, layers: list[Layer]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             active = self.armed and self._training  # not recorded alone: checkpoints run the same operations again
-            self._exposed.append(Exposed(layers, RULES, self._saw, self._unread) if active else None)
-            if active:
-                self._exposed[-1].__enter__()
+            users = [(layer, layer.parameters[0], layer.adapter) for layer in layers] if active else []
+            exposed = Exposed(users, RULES, self._saw, self._unread) if active else None  # type: ignore[arg-type]
+            self._exposed.append(exposed)
+            if exposed is not None:
+                exposed.__enter__()
 
         return hook
 

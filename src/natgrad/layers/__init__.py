@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natgrad.layers import attention, recurrent
+from natgrad.layers import attention, functional, recurrent, source
 from natgrad.layers.base import Adapter
 from natgrad.layers.conv import ConvAdapter
-from natgrad.layers.functional import Exposed, LinearPart, Rule
+from natgrad.layers.functional import Exposed, Rule
 from natgrad.layers.linear import LinearAdapter
 
 Known = TypeVar("Known")
@@ -25,11 +24,11 @@ _ADAPTERS: dict[type[nn.Module], Adapter] = {
     nn.Conv3d: ConvAdapter(),
 }
 
-_PARTS: dict[type[nn.Module], Callable[[nn.Module], dict[str, tuple[nn.Module, LinearPart]]]] = {
+_PARTS: dict[type[nn.Module], Callable[[nn.Module], Mapping[str, tuple[nn.Module, Adapter]]]] = {
     nn.MultiheadAttention: attention.attention_parts,
     **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell), recurrent.recurrent_parts),
 }
-RULES: dict[Any, Rule] = {F.linear: Exposed.linear, **attention.RULES, **recurrent.RULES}
+RULES: dict[Any, Rule] = {**functional.RULES, **attention.RULES, **recurrent.RULES}
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,23 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 def _known(module: nn.Module, table: Mapping[type[nn.Module], Known]) -> Known | None:
     for kind in type(module).__mro__:
-        if kind in table and type(module).forward is kind.forward:
+        if kind in table and type(module).forward is getattr(kind, "forward", None):
             return table[kind]
     return None
 
 
 def _layers_of(name: str, module: nn.Module) -> Iterator[Layer]:
-    """The layers of a module, trained or not: itself, or the parts that its forward uses."""
-    adapter, parts = adapter_of(module), _known(module, _PARTS)
+    """The layers of a module, trained or not: itself, or what its forward uses."""
+    adapter = adapter_of(module)
     if adapter:
         yield Layer(name, module, adapter)
-    for part, (holder, adapter) in (parts(module) if parts else {}).items():
-        yield Layer(f"{name}.{part}" if name else part, holder, adapter, module)
+        return
+    prefix = f"{name}." if name else ""
+    for part, (holder, dense) in attention.sequence_parts(module).items():
+        yield Layer(prefix + part, holder, dense)
+    parts = _known(module, _PARTS) or source.written_parts
+    for part, (holder, reader) in parts(module).items():
+        yield Layer(prefix + part, holder, reader, module)
 
 
 def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True) -> Coverage:

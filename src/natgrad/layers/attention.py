@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad.layers.functional import Exposed, LinearPart, Rule
+from natgrad.layers.linear import SequenceLinear
 
 
 def attention_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
@@ -25,6 +26,15 @@ def attention_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]
             part = LinearPart(f"{letter}_proj_weight", bias, width, 0, first)
         parts[f"in_proj.{letter}"] = module, part
     return {**parts, "out_proj": (module.out_proj, LinearPart("weight", "bias", width))}
+
+
+def sequence_parts(module: nn.Module) -> dict[str, tuple[nn.Module, SequenceLinear]]:
+    """The dense layers of torch's Transformer layers, called on sequences as its attention is."""
+    if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return {}
+    dense = {name: getattr(module, name) for name in ("linear1", "linear2")}
+    reader = SequenceLinear(module.self_attn.batch_first)
+    return {name: (inner, reader) for name, inner in dense.items() if type(inner).forward is nn.Linear.forward}
 
 
 def attention(exposed: Exposed, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +53,7 @@ def attention(exposed: Exposed, query: Tensor, *args: Any, **kwargs: Any) -> Any
 def _with(linear: Callable[..., Tensor], function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of ``torch.nn.functional`` that takes ``linear`` for ``F.linear``, as do the helpers that it calls."""
     scope = {**vars(F), "linear": linear}
-    for helper in (function, F._in_projection_packed, F._in_projection):
+    for helper in (function, *(scope[name] for name in ("_in_projection_packed", "_in_projection"))):
         assert isinstance(helper, FunctionType)
         mine = FunctionType(helper.__code__, scope, helper.__name__, helper.__defaults__, helper.__closure__)
         mine.__kwdefaults__ = helper.__kwdefaults__

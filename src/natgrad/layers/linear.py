@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,19 @@ class LinearAdapter(Adapter):
         y, h = weigh(x, g, w)
         weight = h.flatten(0, -2).mT @ y.flatten(0, -2)
         return [weight, (w @ g.flatten(1)).view(-1, g.shape[-1]).sum(0)] if self.has_bias(module) else [weight]
+
+
+@dataclass(frozen=True)
+class SequenceLinear(LinearAdapter):
+    """A linear layer on sequences (n, t, in), or (t, n, in) without ``batch_first``, or the one sequence (t, in)."""
+
+    batch_first: bool
+
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
+        """(n, t, in)."""
+        if x.ndim != 3:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -88,9 +88,8 @@ def unrolled(cell: Cell, fused: Callable[..., Any], exposed: Exposed, x: Tensor,
         outputs = []
         for scan in range(layer * scans // layers, (layer + 1) * scans // layers):
             start = tuple(state[scan] for state in states)
-            output, end = _scan(
-                cell, exposed, x, start, weights[scan * each : (scan + 1) * each], biased, bidirectional and scan % 2
-            )
+            own, backwards = weights[scan * each : (scan + 1) * each], bidirectional and scan % 2 == 1
+            output, end = _scan(cell, exposed, x, start, own, biased, backwards)
             outputs.append(output)
             last.append(end)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

@@ -22,7 +22,7 @@ def coverage_table(
 ) -> str:
     """One row per covered layer and one per parameter that AdamW steps, with the reason, and the share covered.
 
-    A layer that the steps so far have not seen counts as one that AdamW steps; ``unread`` says why, where that is known.
+    A layer that the steps so far have not seen counts as stepped by AdamW; ``unread`` says why, where that is known.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     rows = [_row(layer, curvature.get(name), unread.get(name, "not seen")) for name, layer in layers.items()]

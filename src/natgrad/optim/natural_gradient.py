@@ -270,8 +270,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """The directions of the step, and the learning rate that they all share."""
         M = blocks(layers)
         D = self._curvature.precondition(curvature, M)
-        P = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
-        P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in P.items()}
+        kept = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
+        P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in kept.items()}
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:

@@ -1,0 +1,104 @@
+"""Which parameters the methods of a user's own module multiply with, read from their source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from natgrad.layers.functional import LinearPart
+
+
+@dataclass(frozen=True)
+class _Use:
+    bias: str | None
+    transposed: bool
+
+
+def written_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
+    """The blocks of ``F.linear(x, self.W, self.b)``, ``x @ self.W.T + self.b``, ``x @ self.W`` and their like.
+
+    That the products are of this form at run time is seen when they are computed. A parameter that is used in two ways,
+    or by another name than ``self.W``, is not found.
+    """
+    parts: dict[str, tuple[nn.Module, LinearPart]] = {}
+    for name, (use, *others) in _uses(type(module)).items():
+        weight = module._parameters.get(name)
+        if others or weight is None or weight.ndim != 2:
+            continue
+        size = weight.shape[1] if use.transposed else weight.shape[0]
+        bias = module._parameters.get(use.bias) if use.bias else None
+        known = use.bias if bias is not None and bias.shape == (size,) else None
+        parts[name] = module, LinearPart(name, known, size, transposed=use.transposed)
+    return parts
+
+
+@cache
+def _uses(kind: Any) -> dict[str, list[_Use]]:
+    """For every attribute that is a factor somewhere, the different ways of using it."""
+    uses: dict[str, list[_Use]] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # there is none to be had
+            continue
+        for name, use in _in(tree):
+            known = uses.setdefault(name, [])
+            known += [] if use in known else [use]
+    return uses
+
+
+def _in(node: ast.AST, bias: str | None = None) -> Iterator[tuple[str, _Use]]:
+    match node:
+        case ast.BinOp(left=product, op=ast.Add(), right=addend) if (name := _own(addend)) and _factors(product):
+            yield from _in(product, name)
+            return
+    factors = _factors(node)
+    if factors is not None:
+        weight, known = factors
+        name, transposed = _matrix(weight)
+        if name:
+            yield name, _Use(known or bias, transposed == _is_linear(node))
+    for child in ast.iter_child_nodes(node):
+        yield from _in(child)
+
+
+def _factors(node: ast.AST) -> tuple[ast.expr, str | None] | None:
+    """The right factor of a product, and the bias that it comes with."""
+    match node:
+        case ast.BinOp(op=ast.MatMult(), right=right):
+            return right, None
+        case ast.Call(func=ast.Attribute(attr="matmul" | "linear") | ast.Name(id="linear"), args=[_, right, *rest]):
+            bias = [*rest, *(keyword.value for keyword in node.keywords if keyword.arg == "bias")]
+            return right, _own(bias[0]) if bias else None
+    return None
+
+
+def _is_linear(node: ast.AST) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(attr="linear") | ast.Name(id="linear")):
+            return True
+    return False
+
+
+def _matrix(node: ast.expr) -> tuple[str | None, bool]:
+    """The attribute, and whether it is transposed here."""
+    match node:
+        case ast.Attribute(value=inner, attr="T" | "mT") | ast.Call(func=ast.Attribute(value=inner, attr="t"), args=[]):
+            return _own(inner), True
+    return _own(node), False
+
+
+def _own(node: ast.expr) -> str | None:
+    match node:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return name
+    return None
