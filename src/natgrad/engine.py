@@ -132,7 +132,6 @@ class Engine:
         self._only_training = only_training
         self._records: list[Record] = []
         self._current: Record | None = None
-        self._exposed: list[Exposed | None] = []
         self._handles = [model.register_forward_pre_hook(self._enter)]
         owners: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
@@ -141,8 +140,9 @@ class Engine:
             else:
                 owners.setdefault(layer.owner, []).append(layer)
         for owner, used in owners.items():
-            self._handles.append(owner.register_forward_pre_hook(self._opening_hook(used)))
-            self._handles.append(owner.register_forward_hook(self._closing_hook, always_call=True))
+            opening, closing = self._exposing_hooks(owner, used)
+            self._handles.append(owner.register_forward_pre_hook(opening))
+            self._handles.append(owner.register_forward_hook(closing, always_call=True))
         self._handles.append(
             model.register_forward_hook(self._leave, with_kwargs=True)
         )  # last: the model may be a layer
@@ -215,21 +215,23 @@ class Engine:
 
         return hook
 
-    def _opening_hook(self, layers: list[Layer]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            active = self.armed and self._training  # not recorded alone: checkpoints run the same operations again
-            users = [(layer, layer.parameters[0], layer.adapter) for layer in layers] if active else []
-            exposed = Exposed(users, RULES, self._saw, self._unread) if active else None  # type: ignore[arg-type]
-            self._exposed.append(exposed)
-            if exposed is not None:
+    def _exposing_hooks(self, owner: nn.Module, layers: list[Layer]) -> tuple[Callable[..., None], Callable[..., None]]:
+        active: list[Exposed | None] = []
+
+        def opening(module: nn.Module, args: tuple[Any, ...]) -> None:
+            exposed = None
+            if self.armed and self._training and module is owner:  # recorded or not: checkpoints repeat the operations
+                users = [(layer, layer.parameters[0], layer.adapter) for layer in layers]
+                exposed = Exposed(users, RULES, self._saw, self._unread)  # type: ignore[arg-type]
                 exposed.__enter__()
+            active.append(exposed)
 
-        return hook
+        def closing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            exposed = active.pop() if active else None
+            if exposed is not None:
+                exposed.__exit__(None, None, None)
 
-    def _closing_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        exposed = self._exposed.pop()
-        if exposed is not None:
-            exposed.__exit__(None, None, None)
+        return opening, closing
 
     def _saw(self, layer: Layer, x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]) -> None:
         """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""

@@ -122,11 +122,12 @@ def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True
     for name, module in model.named_modules():
         for layer in _layers_of(name, module):
             found.setdefault(layer.name, layer)  # an owner comes before the modules that it does not call
+    place = {module: number for number, module in enumerate(model.modules())}
     layers = {
-        name: layer
-        for name, layer in found.items()
-        if (functional or layer.owner is None) and not _within(name, excluded) and layer.adapter.trained(layer.module)
-        if all(len(uses[p]) == 1 for p in layer.parameters)
+        layer.name: layer
+        for layer in sorted(found.values(), key=lambda layer: place[layer.module])
+        if (functional or layer.owner is None) and not _within(layer.name, excluded)
+        if layer.adapter.trained(layer.module) and all(len(uses[p]) == 1 for p in layer.parameters)
     }
     covered = {id(p) for layer in layers.values() for p in layer.parameters}
     left = {names[0]: p for p, names in uses.items() if p.requires_grad and id(p) not in covered}

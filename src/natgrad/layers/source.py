@@ -28,7 +28,7 @@ def written_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
     or by another name than ``self.W``, is not found.
     """
     parts: dict[str, tuple[nn.Module, LinearPart]] = {}
-    for name, (use, *others) in _uses(type(module)).items():
+    for name, (use, *others) in _uses(type(module)).items():  # type: ignore[arg-type]
         weight = module._parameters.get(name)
         if others or weight is None or weight.ndim != 2:
             continue
@@ -75,6 +75,8 @@ def _factors(node: ast.AST) -> tuple[ast.expr, str | None] | None:
     """The right factor of a product, and the bias that it comes with."""
     match node:
         case ast.BinOp(op=ast.MatMult(), right=right):
+            return right, None
+        case ast.Call(func=ast.Attribute(attr="matmul"), args=[right]):
             return right, None
         case ast.Call(func=ast.Attribute(attr="matmul" | "linear") | ast.Name(id="linear"), args=[_, right, *rest]):
             bias = [*rest, *(keyword.value for keyword in node.keywords if keyword.arg == "bias")]
