@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import natgrad
 from natgrad import FNGD, KFAC, Categorical, Constant, Gaussian, NaturalGradient
+from natgrad.labels import Labels
 from natgrad.layers import cover
+from natgrad.optim.directions import Directions
 from natgrad.reconstruction.fisher_layer import fisher_layers_of
 from oracles import assert_equal
 
@@ -422,3 +424,34 @@ def test_a_transformer_trains_with_the_defaults_and_is_covered() -> None:
     print(losses[::8])
     assert losses[0] > 1.5 and sum(losses[-5:]) / 5 < 0.7
     assert float(repr(optimizer).splitlines()[-1].split()[0]) >= 99.0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch's own tracing, where a graph breaks
+def test_a_compiled_model_takes_the_same_steps() -> None:
+    model, x = Attend(), torch.randn(8, T, E)
+    plain = copy.deepcopy(model)
+    losses: list[list[float]] = []
+    for net, run in ((plain, plain), (model, torch.compile(model, backend="eager"))):
+        optimizer = NaturalGradient(net, likelihood=Gaussian())
+        losses.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = 0.5 * run(x).square().sum() / 8
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        assert "AdamW" not in repr(optimizer)
+    assert losses[0] == losses[1]
+
+
+def test_the_exact_quadratic_model_reads_the_parts_of_a_parameter() -> None:
+    """Jacobian products by forward mode, against the samples of every output."""
+    model, x = Attend(), torch.randn(8, T, E)
+    with armed(model, labels := Labels(Gaussian(), "exact")) as engine:
+        engine.keep_inputs = True
+        model(x)
+        records = engine.everything()
+    layers = cover(model).layers
+    M, D, P = ({name: torch.randn(layer.shape) for name, layer in layers.items()} for _ in range(3))
+    directions = Directions(layers, M, D, P, records, "auto", model, labels)
+    assert_equal(directions.exact_curvature(), directions.sampled_curvature())

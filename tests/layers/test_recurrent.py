@@ -258,3 +258,17 @@ def test_an_lstm_language_model_trains_with_the_defaults_and_is_covered() -> Non
         losses.append(loss.item())
     assert losses[0] > 1.7 and sum(losses[-5:]) / 5 < 0.5
     assert repr(optimizer).splitlines()[-1].startswith("100.0 %")
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
+def test_autocast_gives_the_type_that_the_fused_kernel_gives(make: Any) -> None:
+    model, x = kind(make, True, num_layers=2)().float(), torch.randn(N, T, IN).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(x)
+        with armed(model, None) as engine:
+            watched = model(x)
+            watched.float().square().sum().backward()
+            (record,) = engine.everything()
+    assert watched.dtype == plain.dtype
+    assert_equal(watched.detach().float(), plain.detach().float(), 2e-2)
+    assert all(list(record.captures(layer)) for layer in cover(model).layers.values())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ def sequence_parts(module: nn.Module) -> dict[str, tuple[nn.Module, SequenceLine
     return {name: (inner, reader) for name, inner in dense.items() if type(inner).forward is nn.Linear.forward}
 
 
+@torch.compiler.disable  # it cannot follow functions made at run time
 def attention(exposed: Exposed, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward``: torch's own code, its projections seen; they are of (l, n, E) or (l n, E)."""
     n = query.shape[1] if query.ndim == 3 else 1

@@ -54,17 +54,13 @@ def rnn_relu(gates: Tensor, more: Tensor, states: States) -> States:
 
 
 def one_step(
-    cell: Cell,
-    exposed: Exposed,
-    x: Tensor,
-    hx: Tensor | States,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
+    cell: Cell, fused: Callable[..., Any], exposed: Exposed, x: Tensor, hx: Tensor | States, *weights: Tensor | None
 ) -> Tensor | States:
-    """``torch.lstm_cell`` and the like: x (n, in), states (n, H)."""
-    states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    """``torch.lstm_cell`` and the like: x (n, in), states (n, H), weights (W_ih, W_hh, b_ih, b_hh)."""
+    dtype = _dtype(fused, x, hx, *weights)
+    states = tuple(state.to(dtype) for state in _states(hx))
+    w_ih, w_hh, b_ih, b_hh = weights
+    assert w_ih is not None and w_hh is not None
     after = cell(exposed.linear(x, w_ih, b_ih), exposed.linear(states[0], w_hh, b_hh), states)
     return after[0] if isinstance(hx, Tensor) else after
 
@@ -80,7 +76,8 @@ def unrolled(cell: Cell, fused: Callable[..., Any], exposed: Exposed, x: Tensor,
             exposed.unread(w, "a PackedSequence has no batch dimension")
         return fused(x, *args)
     hx, weights, biased, layers, dropout, training, bidirectional, batch_first = args
-    states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    dtype = _dtype(fused, x, hx, weights, biased, layers, 0.0, False, bidirectional, batch_first)
+    states = tuple(state.to(dtype) for state in _states(hx))
     scans = len(states[0])  # layers times directions
     each, last = len(weights) // scans, []
     x = x.transpose(0, 1) if batch_first else x
@@ -97,6 +94,19 @@ def unrolled(cell: Cell, fused: Callable[..., Any], exposed: Exposed, x: Tensor,
             x = F.dropout(x, dropout, training)
     ends = tuple(torch.stack(kind) for kind in zip(*last, strict=True))
     return x.transpose(0, 1) if batch_first else x, *ends
+
+
+def _states(hx: Tensor | States) -> States:
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+@torch.no_grad()
+def _dtype(fused: Callable[..., Any], x: Tensor, *args: Any) -> torch.dtype:
+    """What the fused kernel returns; autocast has it return one thing or another."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    result = fused(x, *args)
+    return (result if isinstance(result, Tensor) else result[0]).dtype
 
 
 def _scan(
@@ -152,6 +162,6 @@ _CELLS: dict[Any, Cell] = {torch.lstm_cell: lstm, torch.gru_cell: gru}
 _CELLS |= {torch.rnn_tanh_cell: rnn_tanh, torch.rnn_relu_cell: rnn_relu}
 _SCANS: dict[Any, Cell] = {torch.lstm: lstm, torch.gru: gru, torch.rnn_tanh: rnn_tanh, torch.rnn_relu: rnn_relu}
 RULES: dict[Any, Rule] = {
-    **{fused: partial(one_step, cell) for fused, cell in _CELLS.items()},
+    **{fused: partial(one_step, cell, fused) for fused, cell in _CELLS.items()},
     **{fused: partial(unrolled, cell, fused) for fused, cell in _SCANS.items()},
 }
