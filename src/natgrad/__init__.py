@@ -33,6 +33,7 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
+from natgrad.layers import Adapter, register, unregister
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.optim import (
     AdaptiveKLLimit,
@@ -60,6 +61,7 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "AdaptiveKLLimit",
+    "Adapter",
     "Approximation",
     "Automatic",
     "Bernoulli",
@@ -98,5 +100,7 @@ __all__ = [
     "fisher",
     "reconstruct",
     "refresh",
+    "register",
     "restore",
+    "unregister",
 ]

@@ -92,6 +92,15 @@ class Capture:
             return self._gram_of_gradients()
         return self._gram_of_positions()
 
+    def joint_gram(self) -> Tensor:
+        """The sum of :meth:`gram` over the groups (n, n): some at a time, or all at once if each has one output."""
+        n = self.a.shape[-3]
+        if self.a.ndim > 3 and self.g.shape[-1] == 1:
+            U = torch.cat(list(self.weight_gradients()), -3).movedim(-3, 0).flatten(1)
+            return U @ U.mT
+        a, g = (x.reshape(-1, *x.shape[-3:]).split(max(1, _CHUNK // n**2)) for x in (self.a, self.g))
+        return sum((Capture(*pair, 1.0, 1.0).gram().sum(0) for pair in zip(a, g, strict=True)), self.a.new_zeros(n, n))
+
     def _gram_of_positions(self) -> Tensor:
         n, t = self.a.shape[-3:-1]
         step = max(1, _CHUNK // (n * t**2 * max(1, self.a.shape[:-3].numel())))

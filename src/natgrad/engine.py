@@ -27,7 +27,7 @@ Sharing = Literal["expand", "reduce"]
 
 @dataclass
 class Call:
-    """One call of one layer: its input, where its output stands in the graph, and the gradients there, one per seed.
+    """One call of one layer: what was read of it, where its output stands in the graph, and the gradients of the seeds.
 
     ``read`` brings a gradient into the form (n, ...) that x has.
     """
@@ -136,7 +136,7 @@ class Engine:
         owners: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
             if layer.owner is None:
-                self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
+                self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
             else:
                 owners.setdefault(layer.owner, []).append(layer)
         for owner, used in owners.items():
@@ -206,12 +206,12 @@ class Engine:
         if self.ids is not None and len(self.ids) != len(x):
             raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
 
-    def _layer_hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def _layer_hook(self, layer: Layer) -> Callable[..., None]:
         read = partial(layer.adapter.batched, layer.module)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._current is not None and output.requires_grad:
-                self._saw(layer, read(args[0].detach()), output, read)
+                self._saw(layer, layer.read(args, kwargs), output, read)
 
         return hook
 

@@ -11,24 +11,50 @@ from torch import Tensor, nn
 
 from natgrad.layers import attention, functional, recurrent, source
 from natgrad.layers.base import Adapter
-from natgrad.layers.conv import ConvAdapter
+from natgrad.layers.conv import ConvAdapter, ConvTransposeAdapter
 from natgrad.layers.functional import Exposed, Rule
-from natgrad.layers.linear import LinearAdapter
+from natgrad.layers.linear import BilinearAdapter, LinearAdapter, TransposedLinearAdapter
+from natgrad.layers.norm import BatchNormAdapter, GroupNormAdapter, InstanceNormAdapter, LayerNormAdapter
 
 Known = TypeVar("Known")
 
-_ADAPTERS: dict[type[nn.Module], Adapter] = {
+_BUILT_IN: dict[type[nn.Module] | str, Adapter] = {
     nn.Linear: LinearAdapter(),
-    nn.Conv1d: ConvAdapter(),
-    nn.Conv2d: ConvAdapter(),
-    nn.Conv3d: ConvAdapter(),
+    "transformers.pytorch_utils.Conv1D": TransposedLinearAdapter(),  # known by name, and not imported
+    nn.Bilinear: BilinearAdapter(),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvAdapter()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeAdapter()),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), LayerNormAdapter()),
+    nn.GroupNorm: GroupNormAdapter(),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BatchNormAdapter()),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), InstanceNormAdapter()),
 }
-
+_REGISTERED: dict[type[nn.Module], Adapter] = {}
 _PARTS: dict[type[nn.Module], Callable[[nn.Module], Mapping[str, tuple[nn.Module, Adapter]]]] = {
     nn.MultiheadAttention: attention.attention_parts,
     **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell), recurrent.recurrent_parts),
 }
 RULES: dict[Any, Rule] = {**functional.RULES, **attention.RULES, **recurrent.RULES}
+
+
+def register(kind: type[nn.Module], adapter: Adapter) -> None:
+    """Let ``adapter`` read the modules of class ``kind``, and of subclasses that inherit its ``forward`` unchanged.
+
+    It takes the place of another adapter of the class. Models that an optimizer or ``reconstruct`` has been given
+    before are read as they were. Raises ``TypeError`` for anything but a module class and an adapter (an object).
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"register needs a class of modules, got {kind!r}")
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"register needs an adapter (an object, not a class), got {adapter!r}")
+    _REGISTERED[kind] = adapter
+
+
+def unregister(kind: type[nn.Module]) -> None:
+    """Undo :func:`register`; ``ValueError`` for a class that was not registered."""
+    if kind not in _REGISTERED:
+        raise ValueError(f"no adapter was registered for {kind!r}")
+    del _REGISTERED[kind]
 
 
 @dataclass(frozen=True)
@@ -62,6 +88,11 @@ class Layer:
         """The shape of the block (*groups, out, in)."""
         return self.pack([p.detach() for p in self.parameters]).shape
 
+    @torch.no_grad()
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What is kept of the arguments of a call, its examples first."""
+        return self.adapter.batched(self.module, self.adapter.read(self.module, *args, **kwargs).detach())
+
     def pack(self, tensors: list[Tensor]) -> Tensor:
         """Tensors like the parameters as one block."""
         return self.adapter.pack(self.module, tensors)
@@ -81,13 +112,15 @@ class Coverage:
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of a module: of its class, or of the base class whose ``forward`` it inherits unchanged."""
-    return _known(module, _ADAPTERS)
+    return _known(module, {**_BUILT_IN, **_REGISTERED})
 
 
-def _known(module: nn.Module, table: Mapping[type[nn.Module], Known]) -> Known | None:
+def _known(module: nn.Module, table: Mapping[Any, Known]) -> Known | None:
     for kind in type(module).__mro__:
-        if kind in table and type(module).forward is getattr(kind, "forward", None):
-            return table[kind]
+        if type(module).forward is getattr(kind, "forward", None):
+            for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+                if key in table:
+                    return table[key]
     return None
 
 
@@ -127,7 +160,8 @@ def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True
         layer.name: layer
         for layer in sorted(found.values(), key=lambda layer: place[layer.module])
         if (functional or layer.owner is None) and not _within(layer.name, excluded)
-        if layer.adapter.trained(layer.module) and all(len(uses[p]) == 1 for p in layer.parameters)
+        if layer.adapter.trained(layer.module) and layer.adapter.refuses(layer.module) is None
+        if all(len(uses[p]) == 1 for p in layer.parameters)
     }
     covered = {id(p) for layer in layers.values() for p in layer.parameters}
     left = {names[0]: p for p, names in uses.items() if p.requires_grad and id(p) not in covered}
@@ -153,11 +187,15 @@ def _reason(
     module = model.get_submodule(name.rpartition(".")[0])
     if owner and not functional:
         return f"used inside {type(owner).__name__}, not called as a module"
-    if owner or adapter_of(module):
+    adapter = adapter_of(module)
+    refusal = adapter.refuses(module) if adapter else None
+    if refusal:
+        return refusal
+    if owner or adapter:
         return "the layer's weight is frozen or not a plain parameter"
     if _known(module, _PARTS):
         return f"not a weight matrix of {type(module).__name__}"
     return f"no adapter for {type(module).__name__}"
 
 
-__all__ = ["RULES", "Adapter", "Coverage", "Exposed", "Layer", "adapter_of", "cover"]
+__all__ = ["RULES", "Adapter", "Coverage", "Exposed", "Layer", "adapter_of", "cover", "register", "unregister"]
