@@ -46,6 +46,7 @@ from natgrad.optim import (
     QuadraticModel,
     StepSize,
     TraceDamping,
+    coverage,
 )
 from natgrad.reconstruction import reconstruct, refresh, restore
 
@@ -97,6 +98,7 @@ __all__ = [
     "TwoLevel",
     "UnitWise",
     "Woodbury",
+    "coverage",
     "fisher",
     "reconstruct",
     "refresh",

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natgrad.capture import Capture, Examples, Weights
-from natgrad.fishers.base import Weighted
+from natgrad.capture import Capture, Examples, Kind, Weights
+from natgrad.fishers.base import Approximation, Weighted
 from natgrad.fishers.statistics import Samples, Stats, as_capture, as_samples
 from natgrad.matrix import Diagonal, LinearMap, Matrix
 from natgrad.matrix.factorise import shifted
@@ -154,6 +154,10 @@ class FNGD(Weighted):
         return row, torch.arange(n, device=examples.a.device), n
 
     # After it.
+
+    def sided(self, kind: Kind) -> Approximation | None:
+        """Itself, which forms no covariance, but not for tokens."""
+        return self if kind == "wide" else None
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Diagonal:
         """I / (N mean c)."""

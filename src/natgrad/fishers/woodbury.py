@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation, Coupled, Part
 from natgrad.fishers.statistics import Samples, Statistic, Stats, as_capture, as_samples, pool
 from natgrad.matrix import JointInverse, LinearMap, LowRank, Matrix, NetworkMap
@@ -51,6 +51,10 @@ class Woodbury(Approximation):
             for name, statistic in new.items():
                 kept[_aged(name, age)] = Samples(_zero(statistic.value)) if old is None else old[_aged(name, age - 1)]
         return kept
+
+    def sided(self, kind: Kind) -> Approximation | None:
+        """Itself, which forms no covariance, but not for tokens."""
+        return self if kind == "wide" else None
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> LowRank:
         """The Fisher of all the examples kept, every loss term weighing the same."""

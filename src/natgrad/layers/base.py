@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import copy
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from natgrad.sparse import Sparse
 
 
 class Adapter:
@@ -25,6 +28,21 @@ class Adapter:
     slot = ""
     """What the names of a block's state begin with, where several blocks are parts of one parameter."""
 
+    tokens: ClassVar[bool] = False
+    """Whether the inputs are tokens, which :meth:`sparse` reads: their covariance is diagonal."""
+
+    swapped: ClassVar[bool] = False
+    """Whether the block is the transposed weight, so that inputs and output gradients change places."""
+
+    weight_only = False
+    """Whether the bias is left out of the block, trained or not."""
+
+    def without_bias(self) -> Self:
+        """The same for the weight alone."""
+        mine = copy.copy(self)
+        object.__setattr__(mine, "weight_only", True)  # it may be a frozen dataclass
+        return mine
+
     def refuses(self, module: nn.Module) -> str | None:
         """Why this module is left to AdamW, if it is."""
         return None
@@ -37,6 +55,8 @@ class Adapter:
 
     def has_bias(self, module: nn.Module) -> bool:
         """Whether the block has a bias column."""
+        if self.weight_only:
+            return False
         if self.behind:
             return self.names[1] in self.behind
         bias = getattr(module, self.names[1], None)
@@ -86,11 +106,19 @@ class Adapter:
         """What was read as a (*groups, n, t, in), the 1 of the bias included."""
         return with_ones(positions(x), self.has_bias(module))
 
+    def sparse(self, module: nn.Module, x: Tensor) -> Sparse | None:
+        """The same of ``tokens``, of which few entries are not zero, and which are never written out in training."""
+        return None
+
     def outputs(self, module: nn.Module, y: Tensor) -> Tensor:
         """A tensor y like the layer's output as (*groups, n, t, out)."""
         return positions(y)
 
     # Products.
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What was read, for products in another precision."""
+        return x.to(dtype)
 
     def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
         """The layer's output for what was read, with other weights (and no bias where ``tensors`` has none).

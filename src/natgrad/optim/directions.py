@@ -50,8 +50,12 @@ class Directions:
         return torch.stack([_inner(X, Y).sum() for X, Y in ((self.D, self.D), (self.D, self.P), (self.P, self.P))])
 
     def sampled_curvature(self) -> Tensor:
-        """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer."""
-        totals = [torch.stack(list(u.values())).sum(0) for u in self._responses if u]
+        """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.
+
+        Layers that saw another number of examples than the rest, such as an embedding of positions that all examples
+        share, are summed apart: as if they did not act together.
+        """
+        totals = [total for u in self._responses for total in _totals(u)]
         if not totals:
             return torch.zeros(3, device=self._device)
         return torch.stack([_pairs(u) for u in totals]).sum(0) / self._count
@@ -138,6 +142,14 @@ class Directions:
 def _inner(X: Mapping[str, Tensor], Y: Mapping[str, Tensor]) -> Tensor:
     """<X, Y>, layer by layer."""
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in ((X[name], Y[name]) for name in X)])
+
+
+def _totals(responses: Mapping[str, Tensor]) -> list[Tensor]:
+    """Sums over the layers that saw as many examples."""
+    sizes: dict[int, list[Tensor]] = {}
+    for u in responses.values():
+        sizes.setdefault(u.shape[-1], []).append(u)
+    return [torch.stack(alike).sum(0) for alike in sizes.values()]
 
 
 def _pairs(u: Tensor) -> Tensor:

@@ -81,9 +81,9 @@ class FisherLayer(nn.Module):
         S = self.metric.S
         with torch.autocast(block.device.type, enabled=False):
             if isinstance(S, Kronecker):
-                return replace(S, right=S.right[..., chosen]) @ block
+                return (S.left @ block.to(S.left.dtype) @ S.right[..., chosen]).to(block.dtype)
             if isinstance(S, OneSided) and S.side == "right":
-                return replace(S, factor=S.factor[..., chosen]) @ block
+                return (block.to(S.factor.dtype) @ S.factor[..., chosen]).to(block.dtype)
             if isinstance(S, Rows):
                 return replace(S, values=S.values[..., chosen]) @ block
             return (S @ block)[..., chosen]
