@@ -309,3 +309,15 @@ def test_statistics_are_finite_floats_at_every_step(make: Any) -> None:
         assert all(torch.isfinite(torch.tensor(value)) for value in seen.values())
         assert {"steps", "skipped", "damping", "gradient_norm", "direction_norm", "retries", "failures"} <= set(seen)
     assert {"alpha", "mu", "kl", "ratio", "refresh_seconds"} <= set(optimizer.statistics())
+
+
+@pytest.mark.parametrize("make", FOUR)
+def test_a_checkpoint_shares_its_memory_with_what_the_optimizer_steps_with(make: Any) -> None:
+    model = network()
+    optimizer = optimizer_of(model, make())
+    train(model, optimizer, BATCHES)
+    for name, curvature in optimizer._now.items():
+        kept = optimizer.state[optimizer.layers[name].parameters[0]]
+        for key, value in curvature.state().items():
+            if isinstance(value, Tensor):
+                assert kept[key].data_ptr() == value.data_ptr(), key
