@@ -33,7 +33,6 @@ class Woodbury(Approximation):
     """
 
     window: int = 1
-    observe_every: ClassVar[int] = 1  # F of other examples than those of M has little to say
     refresh_every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
