@@ -21,8 +21,11 @@ from natgrad import (
     Categorical,
     Constant,
     ExactFisher,
+    ExactQuadraticModel,
     JointWoodbury,
+    KLLimit,
     NaturalGradient,
+    QuadraticModel,
     Woodbury,
 )
 from natgrad.matrix import Kronecker, Spectral
@@ -176,6 +179,36 @@ def test_the_curvature_of_shared_positions_is_that_of_positions_given_to_every_e
             natgrad.fisher(model, KFAC(), Categorical(class_dim=1), batches(1), **settings)["positions"].dense()
         )
     assert_equal(found[0], found[1], 0.06)
+
+
+@pytest.mark.parametrize("step_size", [KLLimit(), QuadraticModel(), ExactQuadraticModel()])
+def test_other_policies_see_both_uses_and_the_shared_positions(step_size: natgrad.StepSize) -> None:
+    torch.manual_seed(0)
+    model = Language(positions=T)
+    optimizer = NaturalGradient(model, likelihood=Categorical(class_dim=1), step_size=step_size)
+    losses = train(model, optimizer, batches(60))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_empirical_fisher_of_a_tied_model_trains() -> None:
+    torch.manual_seed(0)
+    model = Language()
+    losses = train(model, NaturalGradient(model, EKFAC()), batches(60))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_samples_and_jacobian_products_give_a_tied_model_the_same_step() -> None:
+    """With exact labels the curvature along D, cross terms of both uses included, is the same by both ways."""
+    data, found = batches(1), []
+    for step_size in (QuadraticModel(), ExactQuadraticModel()):
+        torch.manual_seed(0)
+        model = Language()
+        settings: dict[str, Any] = {"estimator": "exact", "step_size": step_size, "damping": 0.1}
+        optimizer = NaturalGradient(model, likelihood=Categorical(class_dim=1), **settings)
+        train(model, optimizer, data)
+        found.append([p.detach() for p in model.parameters()])
+    for sampled, exact in zip(*found, strict=True):
+        assert_equal(sampled, exact, 1e-8)
 
 
 # Wide sides.
