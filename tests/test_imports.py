@@ -14,14 +14,15 @@ ROOT = Path(natgrad.__file__).parent
 # What each part may import of natgrad, itself included. To add a part, add its row.
 BELOW: dict[str, set[str]] = {
     "capture": set(),
+    "hooks": set(),
     "matrix": {"capture"},
     "likelihoods": set(),
     "sparse": {"capture"},
     "layers": {"capture", "sparse"},
     "labels": {"likelihoods"},
     "fishers": {"matrix", "capture"},
-    "weighting": {"capture", "layers"},
-    "engine": {"capture", "labels", "layers", "sparse", "weighting"},
+    "weighting": {"capture", "hooks", "layers"},
+    "engine": {"capture", "hooks", "labels", "layers", "sparse", "weighting"},
     "fisher": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "reconstruction": {"engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "optim": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},

@@ -9,6 +9,7 @@ Only ``weigh`` changes what a backward pass leaves in ``.grad``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture import Capture, Examples, Weights
+from natgrad.hooks import Hook, as_written, out_of_graph
 from natgrad.labels import Labels
 from natgrad.layers import RULES, Exposed, Layer
 from natgrad.sparse import Sparse, SparseCapture, Together, joined, masked, summed
@@ -164,32 +166,41 @@ class Engine:
         self._only_training = only_training
         self._records: list[Record] = []
         self._current: Record | None = None
-        self._handles = [model.register_forward_pre_hook(self._enter)]
+        self._open: ExitStack | None = None  # during a pass that is watched
+        self._outside = False  # whether a pass of this step was made outside of a backward pass
+        self._begin_pass, self._end_pass = out_of_graph(self._begin), out_of_graph(self._end)
+        self._handles = [model.register_forward_pre_hook(Hook(self._enter))]
+        self._last = model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True)
+        self.watch(layers)
+
+    def watch(self, layers: Iterable[Layer]) -> None:
+        """Record these layers, too."""
+        self._last.remove()  # to be the last again: the model may be a layer
         owners: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
             if layer.owner is None:
                 for use in layer.uses:
-                    hook = self._layer_hook(layer, use)
+                    hook = Hook(self._layer_hook(layer, use))
                     self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
             else:
                 owners.setdefault(layer.owner, []).append(layer)
         for owner, used in owners.items():
             opening, closing = self._exposing_hooks(owner, used)
-            self._handles.append(owner.register_forward_pre_hook(opening))
-            self._handles.append(owner.register_forward_hook(closing, always_call=True))
-        self._handles.append(
-            model.register_forward_hook(self._leave, with_kwargs=True)
-        )  # last: the model may be a layer
+            self._handles.append(owner.register_forward_pre_hook(Hook(opening)))
+            self._handles.append(owner.register_forward_hook(Hook(closing), always_call=True))
+        self._last = self._model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True)
 
     def close(self) -> None:
         """Take all hooks off the model."""
         self.weigh({})
-        for handle in self._handles:
+        if self._open is not None:
+            self._open.close()
+        for handle in [*self._handles, self._last]:
             handle.remove()
 
     def begin(self, step: int) -> None:
         """Count the examples of this step from the next forward pass on."""
-        self._which = Examples(step)
+        self._which, self._outside = Examples(step), False
 
     def weigh(self, weights: Mapping[Layer, Weights]) -> None:
         """Weigh the examples of these layers, and of no others, in the user's backward passes from now on."""
@@ -216,12 +227,21 @@ class Engine:
         self._records = [record for record in self._records if only_live and not record.live]
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self._current = None
-        if not self._training:
+        if (self.armed or self._weightings or self.needs_ids) and self._training:
+            self._begin_pass()
+
+    def _begin(self) -> None:
+        if self._open is not None:  # a pass that was interrupted
+            self._open.close()
+        self._open, self._current = None, None
+        inside = torch._C._current_graph_task_id() != -1
+        if inside and self._outside:  # an activation checkpoint computes again what has been watched
             return
         if self.needs_ids and self.ids is None:
             raise ValueError("coefficients of examples need their ids: call optimizer.examples(ids) before model(x)")
+        self._outside = not inside
         self._which, self._passing = replace(self._which, ids=self.ids), 0
+        self._open = as_written()
         self._current = Record(which=self._which) if self.armed else None
 
     @property
@@ -271,7 +291,7 @@ class Engine:
         self, layer: Layer, x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor], use: Layer | None = None
     ) -> None:
         """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""
-        if self._current is None or not output.requires_grad:
+        if self._current is None or not output.requires_grad or not layer.parameters[0].requires_grad:
             return
         call = Call(x, None, read, use or layer)
         self._count(x)
@@ -285,7 +305,16 @@ class Engine:
         self.unread[layer.name] = reason
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._open is not None:
+            self._end_pass(args, kwargs, output)
+
+    def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         record, self._current = self._current, None
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+        if output is None:  # the model has raised
+            return
         if self._passing:
             self._which, self._passing = replace(self._which, start=self._which.start + self._passing), 0
             self.ids = None

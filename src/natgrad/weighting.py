@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from natgrad.capture import Examples, Weights
+from natgrad.hooks import Hook
 from natgrad.layers import Layer
 
 
@@ -26,8 +27,8 @@ class Weighting:
         self._held: list[nn.Parameter] = []
         self._x: Tensor | None = None
         self._handles = [
-            layer.module.register_forward_pre_hook(self._hold, with_kwargs=True),
-            layer.module.register_forward_hook(self._weigh, prepend=True, always_call=True),
+            layer.module.register_forward_pre_hook(Hook(self._hold), with_kwargs=True),
+            layer.module.register_forward_hook(Hook(self._weigh), prepend=True, always_call=True),
         ]
 
     def close(self) -> None:

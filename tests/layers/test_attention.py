@@ -238,7 +238,8 @@ def test_a_layer_that_is_never_seen_does_not_count_as_covered() -> None:
     assert repr(optimizer).splitlines()[-1].startswith("100.0 % of 24")
     model(x).square().sum().backward()
     before = model.unused.weight.detach().clone()
-    optimizer.step()
+    with pytest.warns(UserWarning, match="not observed: unused; AdamW"):
+        optimizer.step()
     assert "not seen: AdamW" in repr(optimizer)
     assert repr(optimizer).splitlines()[-1].startswith("50.0 % of 24")
     assert not torch.equal(before, model.unused.weight)

@@ -150,7 +150,8 @@ def test_a_product_of_two_parameters_is_left_to_adamw_with_the_reason() -> None:
     optimizer = NaturalGradient(model, likelihood=Gaussian())
     before = copy.deepcopy(list(model.parameters()))
     (0.5 * model(x).square().sum() / N).backward()
-    optimizer.step()
+    with pytest.warns(UserWarning, match=r"not observed: second \(multiplied with"):
+        optimizer.step()
     (row,) = (line for line in repr(optimizer).splitlines() if line.startswith("second"))
     assert row.endswith("multiplied with another parameter: AdamW")
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

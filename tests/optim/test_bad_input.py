@@ -28,6 +28,7 @@ from natgrad import (
     QuadraticModel,
 )
 from natgrad.matrix import FactorisationError
+from natgrad.optim.layerwise import State
 
 # At the constructor.
 
@@ -392,8 +393,8 @@ def test_a_layer_that_never_had_an_inverse_trains_by_adamw(monkeypatch: pytest.M
     failing(monkeypatch, lambda dtype: False)
     model, reference = network(), network()
     optimizer = optimizer_of(model, Failing(), refresh_every=1, step_size=Automatic())
-    empty = optimizer._curvature.empty()
-    monkeypatch.setattr(optimizer._curvature.__class__, "empty", lambda self: empty)
+    empty = optimizer._curvature.filled(State())
+    monkeypatch.setattr(optimizer._curvature.__class__, "filled", lambda self, state: state or empty)
     failing(monkeypatch, lambda dtype: True)
     train(model, optimizer, [batch(0), batch(1)])
     train(reference, torch.optim.AdamW(reference.parameters(), weight_decay=0.0), [batch(0), batch(1)])

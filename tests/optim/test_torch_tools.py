@@ -135,6 +135,31 @@ def test_bfloat16_autocast_with_a_scaler_trains_a_float32_model(likelihood: bool
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)], ids=str)
+@pytest.mark.parametrize("likelihood", [True, False])
+def test_a_step_under_autocast_is_that_in_single_precision(
+    likelihood: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    """To a few units of rounding of the lower precision: 2^-8 of bfloat16, 2^-11 of float16."""
+    settings: Any = {"step_size": Constant(), "momentum": 0.0, "damping": 0.1, "estimator": "exact"}
+    settings |= {} if likelihood else {"likelihood": None, "estimator": None}
+    steps = []
+    for enabled in (True, False):
+        model = network().float()
+        before = values(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=enabled)
+        optimizer = optimizer_of(model, grad_scaler=None if likelihood else scaler, **settings)
+        x, y = batch(0, 64)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = F.cross_entropy(model(x.float()), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(torch.cat([(p - old).flatten() for p, old in zip(values(model), before, strict=True)]))
+    assert_equal(steps[0], steps[1], tolerance)
+
+
 # Clipped gradients.
 
 

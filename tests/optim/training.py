@@ -67,6 +67,10 @@ def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def weights(optimizer: NaturalGradient) -> list[nn.Parameter]:
+    return [layer.parameters[0] for layer in optimizer.layers.values()]
+
+
 def same(found: Any, expected: Any) -> bool:
     """Bit for bit, through nested containers."""
     if isinstance(expected, Tensor):

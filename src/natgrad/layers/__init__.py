@@ -101,6 +101,11 @@ class Layer:
         return self.adapter.parameters(self.module)
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether a backward pass has reached the weight."""
+        return self.parameters[0].grad is not None
+
+    @property
     def slot(self) -> str:
         """What the names of the block's state begin with."""
         return self.adapter.slot
@@ -127,15 +132,15 @@ class Layer:
         """A block as tensors like the parts of the parameters."""
         return self.adapter.unpack(self.module, block)
 
-    def blank(self) -> Capture:
-        """What one example of zeros would give."""
-        weight, (*groups, out, width) = self.parameters[0], self.shape
+    def blank(self, examples: int = 1, device: torch.device | None = None) -> Capture:
+        """What a few examples of zeros would give."""
+        weight, (*groups, out, width), n = self.parameters[0], self.shape, float(examples)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        g = torch.zeros((*groups, 1, 1, out), dtype=dtype, device=weight.device)
+        g = torch.zeros((*groups, examples, 1, out), dtype=dtype, device=device or weight.device)
         if self.kind in ("tokens", "mixed"):
-            zero = g.new_zeros(1, 1, 1)
-            return SparseCapture(Sparse(zero.long(), zero, width), g, 1.0, 1.0, diagonal=self.diagonal)
-        return Capture(g.new_zeros(*groups, 1, 1, width), g, 1.0, 1.0, diagonal=self.diagonal)
+            zero = g.new_zeros(examples, 1, 1)
+            return SparseCapture(Sparse(zero.long(), zero, width), g, n, n, diagonal=self.diagonal)
+        return Capture(g.new_zeros(*groups, examples, 1, width), g, n, n, diagonal=self.diagonal)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,62 @@
-"""The coverage table: what an optimizer does with every parameter of its model."""
+"""The coverage report: what becomes of every parameter of a model, why, and what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from natgrad.fishers import KFAC, Approximation, Weighted, for_layer
 from natgrad.layers import WIDE, Coverage, Layer, check_wide, cover
+from natgrad.optim.cost import Cost, cost, size
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.shampoo import is_matrix
 
-_HEADER = ("layer", "block", "matrix", "parameters", "memory", "remark")
+_HEADER = ("layer", "block", "structure", "parameters", "memory", "step", "refresh", "why")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer with curvature, or one parameter without: how many ``numbers`` it has, its ``structure``, and why.
+
+    ``rule`` is what steps it. ``cost`` is ``None`` without curvature, and where it depends on the data.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    numbers: int
+    rule: str
+    structure: str
+    why: str
+    block: str = ""
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of every parameter; its text is a table with the totals below."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def covered(self) -> float:
+        """The share of the trained parameters that have curvature."""
+        natural = sum(row.numbers for row in self.rows if row.rule == "natural")
+        return natural / max(1, sum(row.numbers for row in self.rows if row.rule != "none"))
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """The trained parameters, or layers, that are without curvature though nobody excluded them, and why."""
+        return {row.name: row.why for row in self.rows if row.rule not in ("natural", "none") and row.why != "excluded"}
+
+    def __str__(self) -> str:
+        costs = [row.cost for row in self.rows if row.cost]
+        trained = sum(row.numbers for row in self.rows if row.rule != "none")
+        memory, step, refresh = (sum(getattr(c, name) for c in costs) for name in ("memory", "step", "refresh"))
+        total = f"curvature takes {memory / 1e6:.1f} MB, {_flops(step)} a step and {_flops(refresh)} a refresh"
+        share = f"{100 * self.covered:.1f} % of {trained} trained parameters have curvature"
+        return f"{_table([_HEADER, *map(_words, self.rows)])}\n{share}; {total}"
 
 
 def coverage(
@@ -22,15 +66,20 @@ def coverage(
     exclude: Iterable[str] = (),
     wide: int | None = WIDE,
     shampoo: bool = False,
-) -> str:
-    """What :class:`~natgrad.NaturalGradient` with these settings would do with every parameter of ``model``: a table.
+    examples: int = 1,
+) -> Report:
+    """What :class:`~natgrad.NaturalGradient` with these settings would do with every parameter, and at what cost.
 
-    Raises ``ValueError`` for an ``exclude`` or ``wide`` that is none.
+    Flops are of products and factorisations, counted in a dry run of the approximation on shapes alone; what joins
+    layers is not counted. Of methods that keep samples they hold for ``examples``, with one position each. Raises
+    ``ValueError`` for an ``exclude`` or ``wide`` that is none, and for a layer that is too large for the approximation.
     """
     check_wide(wide)
-    approximation = approximation or KFAC()
+    approximation, model = approximation or KFAC(), getattr(model, "_orig_mod", model)  # of torch.compile
     found = covered_by(model, approximation, exclude, wide)
-    return coverage_table(model, found, approximation, matrices_of(model, found, wide) if shampoo else {})
+    for layer in found.layers.values():
+        for_layer(approximation, layer.kind).check(layer.name, layer.shape)
+    return report(model, found, approximation, matrices_of(model, found, wide) if shampoo else {}, examples=examples)
 
 
 def covered_by(model: nn.Module, approximation: Approximation, exclude: Iterable[str], wide: int | None) -> Coverage:
@@ -46,57 +95,60 @@ def matrices_of(model: nn.Module, found: Coverage, wide: int | None) -> dict[str
     return {name: p for name, p in model.named_parameters() if name in found.uncovered and is_matrix(p, wide)}
 
 
-def coverage_table(
+def report(
     model: nn.Module,
     found: Coverage,
     approximation: Approximation,
     matrices: Collection[str] = (),
     curvature: Mapping[str, LayerCurvature] | None = None,
     unread: Mapping[str, str] | None = None,
-) -> str:
-    """One row per covered layer and one per other parameter, with the reason, and the share covered.
+    rest: str = "AdamW",
+    examples: int = 1,
+) -> Report:
+    """The report on ``found``; with the ``curvature`` of training as it stands.
 
-    ``matrices`` are those of the others that Shampoo steps, and not AdamW. A layer that the steps so far have not seen
-    counts as stepped by AdamW; ``unread`` says why, where that is known.
+    ``matrices`` are those of the other parameters that Shampoo steps, and not ``rest``. A layer that the steps so far
+    have not seen counts as stepped by AdamW; ``unread`` says why, where that is known.
     """
-    layers, uncovered, curvature, unread = found.layers, found.uncovered, curvature or {}, unread or {}
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    rows = [
-        _row(layer, approximation, curvature.get(name), unread.get(name, "not seen")) for name, layer in layers.items()
-    ]
-    rules = {name: "Shampoo" if name in matrices else "AdamW" for name in uncovered}
-    rows += [(name, "", rules[name], str(sizes[name]), "", reason) for name, reason in uncovered.items()]
-    blocks = {name: _size(layer) for name, layer in layers.items()}
-    trained = sum(blocks.values()) + sum(sizes[name] for name in uncovered)
-    covered = sum(size for name, size in blocks.items() if name not in curvature or curvature[name].refreshed)
-    tensors = [value for c in curvature.values() for value in c.state().values() if isinstance(value, Tensor)]
-    share = f"{100 * covered / max(1, trained):.1f} % of {trained} trained parameters have curvature"
-    return f"{_table([_HEADER, *rows])}\n{share}; curvature takes {megabytes(tensors):.1f} MB"
+    known: dict[object, Cost | None] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    rows = []
+    for name, layer in found.layers.items():
+        key = (layer.shape, layer.parameters[0].dtype, layer.kind, layer.diagonal)
+        chosen = for_layer(approximation, layer.kind)
+        if key not in known:
+            known[key] = cost(chosen, layer, examples)
+        reason = (unread or {}).get(name, "not seen")
+        parameters = tuple(names[id(p)] for p in layer.parameters)
+        row = _row(layer, approximation, known[key], parameters)
+        rows.append(row if curvature is None else _as_it_stands(row, curvature.get(name), reason))
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    for name, why in found.uncovered.items():
+        rule = "Shampoo" if name in matrices else rest
+        rows.append(Row(name, (name,), numbers[name], rule, rule, why))
+    told = {name for row in rows for name in row.parameters}
+    frozen = [name for name in numbers if name not in told]
+    return Report((*rows, *(Row(name, (name,), numbers[name], "none", "frozen", "not trained") for name in frozen)))
 
 
-def megabytes(tensors: Iterable[Tensor]) -> float:
-    """The memory of the tensors in MB, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) / 1e6
-
-
-def _size(layer: Layer) -> int:
-    return sum(part.numel() for part in layer.parts(list(layer.parameters)))
-
-
-def _row(layer: Layer, approximation: Approximation, curvature: LayerCurvature | None, unread: str) -> tuple[str, ...]:
+def _row(layer: Layer, approximation: Approximation, what: Cost | None, parameters: tuple[str, ...]) -> Row:
     name = " = ".join(use.name for use in layer.uses)
-    *groups, out, width = layer.shape
-    block = " x ".join(map(str, [*groups, out, width]))
-    parameters = str(_size(layer))
-    remarks = _structure(layer, approximation)
-    if curvature is None or not curvature.refreshed:
-        remarks.insert(0, "not seen yet" if curvature is None else f"{unread}: AdamW")
-        return name, block, "-", parameters, "", "; ".join(remarks)
-    memory = megabytes(value for value in curvature.state().values() if isinstance(value, torch.Tensor))
-    if curvature.failures:
-        remarks.append(f"{curvature.failures} failed refreshes")
-    return name, block, type(curvature.inverse).__name__, parameters, f"{memory:.1f} MB", "; ".join(remarks)
+    why = "; ".join([type(layer.owner or layer.module).__name__, *_structure(layer, approximation)])
+    total = sum(part.numel() for part in layer.parts(list(layer.parameters)))
+    block = " x ".join(map(str, layer.shape))
+    return Row(name, parameters, total, "natural", what.structure if what else "-", why, block, what)
+
+
+def _as_it_stands(row: Row, now: LayerCurvature | None, unread: str) -> Row:
+    """The row of a layer once training has begun, or is about to."""
+    if now is None:
+        return replace(row, why=f"{row.why}; not seen yet", cost=row.cost and replace(row.cost, memory=0))
+    if not now.refreshed:
+        return replace(row, rule="AdamW", structure="-", why=f"{row.why}; {unread}: AdamW", cost=None)
+    if now.failures:
+        row = replace(row, why=f"{row.why}; {now.failures} failed refreshes")
+    memory = size(value for value in now.state().values() if isinstance(value, Tensor))
+    return replace(row, cost=row.cost and replace(row.cost, memory=memory))
 
 
 def _structure(layer: Layer, approximation: Approximation) -> list[str]:
@@ -113,6 +165,20 @@ def _structure(layer: Layer, approximation: Approximation) -> list[str]:
     if type(chosen) is not type(approximation):
         remarks.append(f"{type(chosen).__name__} in place of {type(approximation).__name__}")
     return remarks
+
+
+def _words(row: Row) -> tuple[str, ...]:
+    costs = ("", "", "")
+    if row.cost is not None:
+        costs = f"{row.cost.memory / 1e6:.1f} MB", _flops(row.cost.step), _flops(row.cost.refresh)
+    return row.name, row.block, row.structure, str(row.numbers), *costs, row.why
+
+
+def _flops(count: float) -> str:
+    for unit, name in ((1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} FLOP"
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

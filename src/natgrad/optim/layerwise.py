@@ -21,6 +21,7 @@ from natgrad.matrix.kronecker_sum import KroneckerSumInverse
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
+from natgrad.optim.finiteness import finiteness
 from natgrad.optim.precision import fast_dtype
 from natgrad.optim.step_size import read_once
 
@@ -72,13 +73,19 @@ class Layerwise:
         """The approximation of one layer."""
         return for_layer(self.approximation, self.layers[name].kind)
 
-    def empty(self) -> State:
-        """Placeholders for all layers."""
-        return State({name: LayerCurvature.empty(self.of(name), layer) for name, layer in self.layers.items()})
+    def filled(self, state: State) -> State:
+        """The state with placeholders for layers that it lacks, or whose bias was frozen or unfrozen since."""
+        if all(name in state and _fits(state[name], layer) for name, layer in self.layers.items()):
+            return state
+        known = {name: c for name, c in state.items() if _fits(c, self.layers[name])}
+        layers = {n: known.get(n) or LayerCurvature.empty(self.of(n), layer) for n, layer in self.layers.items()}
+        return State(layers, self._couple(layers))
 
     def restored(self, states: Mapping[str, dict[str, Any]]) -> State:
         """The state that a checkpoint holds, layer by layer."""
-        layers = {name: c.with_state(states[name]).prepared(self.fast(name)) for name, c in self.empty().items()}
+        empty, known = self.filled(State()), {name for name in states if "observations" in states[name]}
+        layers = {name: c.with_state(states[name]) if name in known else c for name, c in empty.items()}
+        layers = {name: c.prepared(self.fast(name)) for name, c in layers.items()}
         return State(layers, self._couple(layers))
 
     def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
@@ -101,14 +108,14 @@ class Layerwise:
         return state if same else State(layers, self._couple(layers), directions)
 
     def size(self, before: State, after: State) -> Tensor | None:
-        """The largest entry of what was observed: a number that is finite if all the statistics are."""
+        """A number that is finite if all that was observed is."""
         changed = {
             name: c for name, c in after.items() if name not in before or c.observations > before[name].observations
         }
         tensors = [statistic.value for c in changed.values() for statistic in c.stats.values()]
         corrected = [c.matrix for name, c in changed.items() if self.of(name).corrects]
         tensors += [tensor for matrix in corrected if matrix is not None for tensor in matrix.tensors().values()]
-        return largest(tensors)
+        return finiteness(tensors)
 
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """D = inverse @ M."""
@@ -208,15 +215,14 @@ class Layerwise:
             return None
 
 
-def largest(tensors: list[Tensor]) -> Tensor | None:
-    """The sum of the largest entries: finite, without overflow, if all tensors are; ``None`` of none."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    return torch.stack(torch._foreach_norm(tensors, float("inf"))).sum() if tensors else None
-
-
 def blocks(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """The gradients of the layers, as blocks; a layer whose bias alone has no gradient gets zeros there."""
     return {
         name: layer.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters])
         for name, layer in layers.items()
     }
+
+
+def _fits(curvature: LayerCurvature, layer: Layer) -> bool:
+    parts = layer.parts(list(layer.parameters))
+    return not layer.parameters[0].requires_grad or curvature.inverse.shape.numel() == sum(p.numel() for p in parts)

@@ -6,7 +6,9 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,17 @@ from natgrad.likelihoods import Likelihood
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
-from natgrad.optim.coverage import coverage_table, covered_by, matrices_of
-from natgrad.optim.curvature import LayerCurvature
+from natgrad.optim.coverage import covered_by, matrices_of, report
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
-from natgrad.optim.groups import build_groups
-from natgrad.optim.layerwise import Layerwise, State, blocks, largest
-from natgrad.optim.proposal import Proposal, move
+from natgrad.optim.fallback import Watch, no_samples, refuse
+from natgrad.optim.finiteness import finiteness, norm
+from natgrad.optim.groups import adamw_settings, build_groups, extended
+from natgrad.optim.layerwise import Layerwise, State, blocks
+from natgrad.optim.proposal import Proposal, move, remember_layer, restore_dtypes
 from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
-from natgrad.optim.validate import as_damping, check_settings
+from natgrad.optim.validate import as_damping, check_settings, checked_ids
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -65,11 +68,13 @@ class NaturalGradient(torch.optim.Optimizer):
         shampoo: whether matrices that no adapter covers follow Shampoo at the length of AdamW's step, which needs no
             more than their gradient, and not AdamW, as all that is not a matrix does.
         groups: dicts with ``params`` and their own ``lr`` or ``weight_decay``; the rest forms a group of its own.
-        adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``; ``False`` leaves the parameters
+            without curvature to an optimizer of your own.
         precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
             the block is large) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
         seed: of the drawn labels.
+        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name: here, or once a step shows it.
 
     Raises:
         TypeError, ValueError: for a setting of the wrong kind or outside its range, before anything is changed.
@@ -101,22 +106,25 @@ class NaturalGradient(torch.optim.Optimizer):
         wide: int | None = WIDE,
         shampoo: bool = False,
         groups: Iterable[Mapping[str, Any]] = (),
-        adamw: Mapping[str, Any] | None = None,
+        adamw: Mapping[str, Any] | Literal[False] | None = None,
         precision: torch.dtype | str = "auto",
         grad_scaler: Any = None,
         seed: int = 0,
+        strict: bool = False,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         approximation = KFAC() if approximation is None else approximation
         if step_size is None:
             step_size = Constant() if isinstance(approximation, Weighted) else Automatic()
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
-        if refresh_every is None:
-            refresh_every = getattr(approximation, "refresh_every", 1)
-        if observe_every is None:
-            observe_every = getattr(approximation, "observe_every", 1)
+        refresh_every = getattr(approximation, "refresh_every", 1) if refresh_every is None else refresh_every
+        observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
-        found = covered_by(model, approximation, exclude, wide)
+        self._cover = partial(covered_by, model, approximation, tuple(exclude), wide)
+        found = self._cover()
+        if strict:
+            refuse(found.uncovered)
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
         self.step_size, self.damping = step_size, as_damping(damping)
         self._curvature = Layerwise(
@@ -125,11 +133,11 @@ class NaturalGradient(torch.optim.Optimizer):
         for layer in found.layers.values():
             for_layer(approximation, layer.kind).check(layer.name, layer.shape)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(build_groups(model, found.layers, natural, adamw or {}, groups), natural)
         self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
+        super().__init__(build_groups(model.parameters(), found.layers, natural, adamw, groups), natural)
         self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         self._matrices = matrices_of(model, found, wide) if shampoo else {}
-        self._wide = wide
+        self._wide, self._watch = wide, Watch(strict)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
         self._multiples: dict[str, float] = {}
@@ -159,7 +167,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def statistics(self) -> dict[str, float]:
         """Numbers to log, of the last step and in total; reading them may wait for the device."""
-        gradients = [p.grad for group in self._natural_groups() for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for group in self._natural for p in group["params"] if p.grad is not None]
         kept = [self._kept(layer) for layer in self.layers.values()]
         directions = [state["momentum"] for state in kept if "momentum" in state]
         return {
@@ -167,8 +175,8 @@ class NaturalGradient(torch.optim.Optimizer):
             **self._clock["memory"],
             **self._report,
             "damping": self._damping,
-            "gradient_norm": _norm(gradients),
-            "direction_norm": _norm(directions),
+            "gradient_norm": norm(gradients),
+            "direction_norm": norm(directions),
             "retries": float(sum(c.retries for c in self._now.values())),
             "failures": float(sum(c.failures for c in self._now.values())),
             **self._now.numbers(),
@@ -181,14 +189,31 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def examples(self, ids: Tensor) -> None:
         """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
-        whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
-        if not whole or (ids.device.type == "cpu" and (ids < 0).any()):  # elsewhere it would wait for the device
-            raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
-        self._engine.ids = ids.to(next(self.model.parameters()).device)
+        self._engine.ids = checked_ids(ids).to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:
-        found, unread = Coverage(self.layers, self.uncovered), self._engine.unread
-        return coverage_table(self.model, found, self._curvature.approximation, self._matrices, self._now, unread)
+        rest = "AdamW" if any(group["rule"] == "adamw" for group in self.param_groups) else "another optimizer"
+        known = self._curvature.approximation, self._matrices, self._now, self._engine.unread, rest
+        return str(report(self.model, self._covered, *known))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
+
+        Settings that the group lacks are those of the optimizer. Raises ``ValueError`` for parameters that are foreign,
+        frozen, in a group already, or half a layer, and then changes nothing.
+        """
+        if "rule" in param_group:  # as build_groups makes them
+            return super().add_param_group(param_group)
+        settings = self.defaults, self._adamw
+        groups, found = extended(self.model, self.param_groups, self._covered, self._cover(), param_group, *settings)
+        new = [layer for name, layer in found.layers.items() if name not in self.layers]
+        for layer in new:
+            for_layer(self._curvature.approximation, layer.kind).check(layer.name, layer.shape)
+        for group in groups:
+            super().add_param_group(group)
+        self.layers, self.uncovered = found.layers, found.uncovered
+        self._curvature = replace(self._curvature, layers=found.layers)
+        self._engine.watch(new)
 
     # One step.
 
@@ -207,6 +232,7 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
         """
         loss = self._evaluate(closure)
+        self._group_of = {id(p): group for group in self._natural for p in group["params"]}
         for p in self.model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
@@ -234,26 +260,22 @@ class NaturalGradient(torch.optim.Optimizer):
     def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
         curvature = self._advance(records)
-        names = [name for name, c in curvature.items() if c.refreshed and _has_gradient(self.layers[name])]
+        names = [name for name, c in curvature.items() if c.refreshed and self.layers[name].has_gradient]
         if self._multiples and type(self.step_size) is Constant:
             return self._plain(curvature, names)
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
         if names and not records and self.step_size.needs_samples(self._clock["memory"]):
-            raise RuntimeError(
-                f"{type(self.step_size).__name__} reads samples at every step, but no forward pass of the model in "
-                "training mode led to these gradients; call model.train() before it, or use KLLimit() as step_size"
-            )
+            raise no_samples(self.step_size)
         if names:
             products |= {"slope": directions.slope(), "drift": directions.drift()}
             products |= self.step_size.products(directions, self._damping, self._clock["memory"])
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):
             return None
-        momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
         capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
-        situation = Situation(read, lr, momentum, self._clock["memory"], capacity)
+        situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
         moves = {name: self.layers[name].unpack(D) for name, D in directions.D.items()}
@@ -261,18 +283,19 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _plain(self, curvature: State, names: list[str]) -> Proposal | None:
         """A step along multiples of the gradients at the cost of SGD: no blocks, no inner products, one number read."""
-        if not math.isfinite(_norm([p.grad for p in self.model.parameters() if p.grad is not None])):
+        if not math.isfinite(norm([p.grad for p in self.model.parameters() if p.grad is not None])):
             return None
         shares, lr = self._rates(names)
         moves = {name: [p.grad for p in self.layers[name].parameters] for name in names}
-        momentum = next((group["momentum"] for group in self._natural_groups()), 0.0)
         factors = {name: self._multiples[name] * share for name, share in shares.items()}
-        return Proposal(curvature, moves, factors, Decision(1.0, momentum), 0.0, lr)
+        return Proposal(curvature, moves, factors, Decision(1.0, self._momentum), 0.0, lr)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
-        state = self._now or self._curvature.empty()
+        state = self._curvature.filled(self._now)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
+        if self._curvature.observes(self.steps):
+            self._watch(self.model, self._covered, advanced, self.param_groups, self._engine.unread)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
         return advanced
@@ -284,7 +307,7 @@ class NaturalGradient(torch.optim.Optimizer):
         M = blocks(layers)
         D = self._curvature.precondition(curvature, M)
         kept = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
-        P = {name: torch.zeros_like(M[name]) if block is None else block for name, block in kept.items()}
+        P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p for n, p in kept.items()}
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:
@@ -295,7 +318,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _rates(self, names: Iterable[str]) -> tuple[dict[str, float], float]:
         """The largest learning rate of the groups, and what share of it every layer has."""
-        rates = {key: group["lr"] for key, group in self._settings().items()}
+        rates = {key: group["lr"] for key, group in self._group_of.items()}
         lr = max(rates.values(), default=0.0)
         return {name: rates[id(self.layers[name].parameters[0])] / lr if lr else 1.0 for name in names}, lr
 
@@ -303,28 +326,19 @@ class NaturalGradient(torch.optim.Optimizer):
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if proposal.curvature is not self._now:
             for name, curvature in proposal.curvature.items():
-                self._remember(self.layers[name], curvature)
+                remember_layer(self.layers[name], curvature, self.state)
         self._now = proposal.curvature
-        move(proposal, self.layers, self.state, self._settings())
+        move(proposal, self.layers, self.state, self._group_of)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 matrices = {id(p) for p in self._matrices.values()}
                 adamw_step([p for p in group["params"] if id(p) not in matrices], self.state, group)
                 shampoo_step([p for p in group["params"] if id(p) in matrices], self.state, group, self._wide)
-        rates = {key: group["lr"] for key, group in self._settings().items()}
         moved = {id(p) for name in proposal.moves for p in self.layers[name].parameters}
-        unseen = [p for group in self._natural_groups() for p in group["params"] if id(p) not in moved]
-        adamw_step([p for p in unseen if rates[id(p)]], self.state, self._adamw)
-
-    def _remember(self, layer: Layer, curvature: LayerCurvature) -> None:
-        """Every parameter gets an entry, and every layer all of its names: distributed checkpoints ask for both."""
-        weight, *others = layer.parameters
-        for p in others:
-            self.state.setdefault(p, {})
-        self.state[weight].update({f"{layer.slot}{name}": value for name, value in curvature.state().items()})
-        if f"{layer.slot}momentum" not in self.state[weight]:
-            zeros = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
-            self.state[weight][f"{layer.slot}momentum"] = zeros
+        for group in self._natural:
+            if group["lr"]:
+                unseen = [p for p in group["params"] if id(p) not in moved]
+                adamw_step(unseen, self.state, adamw_settings(group, self._adamw))
 
     # Helpers.
 
@@ -338,12 +352,17 @@ class NaturalGradient(torch.optim.Optimizer):
     def _clock(self) -> dict[str, Any]:
         return self.param_groups[0]["clock"]
 
-    def _natural_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["rule"] == "natural"]
+    @property
+    def _covered(self) -> Coverage:
+        return Coverage(self.layers, self.uncovered)
 
-    def _settings(self) -> dict[int, dict[str, Any]]:
-        """The natural group of every covered parameter, by the parameter's id."""
-        return {id(p): group for group in self._natural_groups() for p in group["params"]}
+    @property
+    def _momentum(self) -> float:
+        return next((group["momentum"] for group in self._natural), 0.0)
+
+    @property
+    def _natural(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["rule"] == "natural"]
 
     def _kept(self, layer: Layer) -> dict[str, Any]:
         """What the state holds of a layer."""
@@ -353,8 +372,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _rest(self, names: list[str]) -> Tensor | None:
         """A number that is finite if all gradients are that no inner product covers."""
         covered = {id(p) for name in names for p in self.layers[name].parameters}
-        rest = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in covered]
-        return largest(rest)
+        return finiteness([p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in covered])
 
     def _rescale(self, records: list[Record]) -> None:
         """Without a likelihood: gradients of the user's mean loss as those of the sum over all examples of the step."""
@@ -365,8 +383,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
-        self._engine.armed = self.step_size.needs_samples(self._clock["memory"])
-        self._engine.armed |= self._curvature.observes(self.steps)
+        samples = self.step_size.needs_samples(self._clock["memory"])
+        self._engine.armed = samples or self._curvature.observes(self.steps)
         self._engine.begin(self.steps)
         if not self._multiples:
             self._multiples = self._curvature.multiples(self._now, self.steps)
@@ -379,26 +397,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
         super().load_state_dict(state_dict)
-        self._restore_dtypes(state_dict)
+        restore_dtypes(self.param_groups, self.state, state_dict)
         self._now, self._report, self._multiples = State(), {}, {}
         states = {name: self._kept(layer) for name, layer in self.layers.items()}
-        if all("observations" in state for state in states.values()):
+        if any("observations" in state for state in states.values()):
             self._now = self._curvature.restored(states)
+            for name, curvature in self._now.items():
+                remember_layer(self.layers[name], curvature, self.state)
         self._arm()
-
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Undo torch's cast of all state to the dtype of the parameter: statistics of bfloat16 layers are float32."""
-        keys = (key for group in state_dict["param_groups"] for key in group["params"])
-        for key, p in zip(keys, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
-                    self.state[p][name] = value.to(p.device)
-
-
-def _has_gradient(layer: Layer) -> bool:
-    return layer.parameters[0].grad is not None
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    wide = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
-    return float(torch.stack(torch._foreach_norm(tensors, 2, wide)).norm()) if tensors else 0.0

@@ -1,8 +1,8 @@
-"""What a step would change, and the change."""
+"""What a step would change, the change, and what is kept of it in the optimizer's state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers import Layer
+from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.layerwise import State
 from natgrad.optim.step_size import Decision
 
@@ -56,3 +57,23 @@ def move(
             if group["weight_decay"]:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(step, alpha=-proposal.lr)
+
+
+def remember_layer(layer: Layer, curvature: LayerCurvature, state: MutableMapping[Any, dict[str, Any]]) -> None:
+    """Every parameter gets an entry, and every layer all of its names: distributed checkpoints ask for both."""
+    weight, *others = layer.parameters
+    for p in others:
+        state.setdefault(p, {})
+    own, momentum = state[weight], f"{layer.slot}momentum"
+    own.update({f"{layer.slot}{name}": value for name, value in curvature.state().items()})
+    if momentum not in own or own[momentum].numel() != curvature.inverse.shape.numel():
+        own[momentum] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
+
+
+def restore_dtypes(groups: Iterable[Mapping[str, Any]], state: Mapping[Any, dict[str, Any]], saved: Any) -> None:
+    """Undo torch's cast of all state to the dtype of the parameter: statistics of bfloat16 layers are float32."""
+    keys = (key for group in saved["param_groups"] for key in group["params"])
+    for key, p in zip(keys, (p for group in groups for p in group["params"]), strict=True):
+        for name, value in saved["state"].get(key, {}).items():
+            if isinstance(value, Tensor) and value.dtype != state[p][name].dtype:
+                state[p][name] = value.to(p.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from natgrad.fishers import Approximation, Weighted
 from natgrad.labels import check_estimator
@@ -33,6 +33,14 @@ def kind(name: str, value: Any, accepted: type | tuple[type, ...], example: str)
     """Raise unless ``value`` is of the accepted type."""
     if not isinstance(value, accepted):
         raise TypeError(f"{name} must be {example}, got {value!r}")
+
+
+def checked_ids(ids: Any) -> Tensor:
+    """The ids of examples, or a ``ValueError``."""
+    whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
+    if not whole or (ids.device.type == "cpu" and (ids < 0).any()):  # elsewhere it would wait for the device
+        raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
+    return ids
 
 
 def as_damping(damping: float | Damping | None) -> Damping:
@@ -71,7 +79,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"{settings['step_size']!r} needs a likelihood and an estimator that is not 'empirical'")
     if settings["grad_scaler"] is not None and not hasattr(settings["grad_scaler"], "get_scale"):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {settings['grad_scaler']!r}")
-    for name in ("nesterov", "staggered", "shampoo"):
+    for name in ("nesterov", "staggered", "shampoo", "strict"):
         kind(name, settings[name], bool, "True or False")
     if settings["nesterov"] and settings["step_size"].chooses_momentum:
         raise ValueError(f"nesterov needs a policy that leaves the momentum alone, not {settings['step_size']!r}")

@@ -1,0 +1,102 @@
+"""What lets hooks live in real training loops: copied models, compiled models, activation checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpoints
+from torch import Tensor
+
+_REENTRANT = checkpoints.CheckpointFunction
+_open: list[ExitStack] = []  # of all engines, whose passes may overlap in any order
+_before = ExitStack()  # restores what was before the first of them
+_FULLGRAPH = "a pass that NaturalGradient observes runs uncompiled: leave out fullgraph=True"
+
+
+class Hook:
+    """A hook that stays behind: in a copied or unpickled module it does nothing and refers to nothing."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
+        for followed in (self.__call__, function):
+            _only_within_a_graph(followed)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        return None if self._function is None else self._function(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+def _only_within_a_graph(function: Callable[..., Any] | None) -> None:
+    """``torch.compile`` follows ``function`` where it traces a caller, and does not compile it by itself."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and function is not None:
+        dynamo.eval_frame.skip_code(function.__code__)
+
+
+def out_of_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, at whose calls ``torch.compile`` breaks its graph."""
+    if "torch._dynamo" not in sys.modules:  # then nothing can be compiled, and importing it takes seconds
+        return function
+    for skipped in (function, as_written):
+        _only_within_a_graph(skipped)
+    return torch.compiler.disable(function, recursive=False, reason=_FULLGRAPH)
+
+
+def as_written() -> ExitStack:
+    """Until this is closed, the code of the model runs as it is written, for hooks to see all of it.
+
+    Nothing is compiled, neither within a compiled caller nor below; reentrant checkpoints, whose layers run without
+    a graph, become non-reentrant ones: the same numbers, with a graph that has edges. Raises ``RuntimeError`` within a
+    caller compiled with ``fullgraph=True``.
+    """
+    if "torch._dynamo" in sys.modules:
+        frames = torch._C._dynamo.eval_frame
+        frames.set_eval_frame(None)  # until the compiled caller, if there is one, returns
+        if getattr(frames, "set_fullgraph_compiled_frame_count", lambda count: -1)(-1) >= 0:
+            raise RuntimeError(_FULLGRAPH)
+    opened = ExitStack()
+    if not _open:
+        if "torch._dynamo" in sys.modules:
+            _before.enter_context(torch.compiler.set_stance("force_eager"))
+        _before.enter_context(_one_kind_of_checkpoint())
+    _open.append(opened)
+    opened.callback(_close, opened)
+    return opened
+
+
+def _close(opened: ExitStack) -> None:
+    _open.remove(opened)
+    if not _open:
+        _before.close()
+
+
+@contextmanager
+def _one_kind_of_checkpoint() -> Iterator[None]:
+    before = checkpoints.CheckpointFunction
+    vars(checkpoints)["CheckpointFunction"] = _Plain
+    try:
+        yield
+    finally:
+        vars(checkpoints)["CheckpointFunction"] = before
+
+
+class _Plain:
+    """Stands in for ``CheckpointFunction``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in args):  # a reentrant one has no gradient then
+            return _REENTRANT.apply(function, preserve_rng_state, *args)
+
+        def again(*args: Any) -> Any:
+            with _one_kind_of_checkpoint():  # of checkpoints within, too, when it is computed again
+                return function(*args)
+
+        return checkpoints.checkpoint(again, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
