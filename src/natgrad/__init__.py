@@ -33,6 +33,7 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
+from natgrad.jets import Jets
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.optim import (
     AdaptiveKLLimit,
@@ -73,6 +74,7 @@ __all__ = [
     "ExactFisher",
     "ExactQuadraticModel",
     "Gaussian",
+    "Jets",
     "JointFisher",
     "JointWoodbury",
     "KLLimit",

@@ -9,16 +9,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from natgrad.jets import JetLinear
 from natgrad.layers import attention, functional, recurrent, source
 from natgrad.layers.base import Adapter
 from natgrad.layers.conv import ConvAdapter
 from natgrad.layers.functional import Exposed, Rule
+from natgrad.layers.jet import JetAdapter
 from natgrad.layers.linear import LinearAdapter
 
 Known = TypeVar("Known")
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {
     nn.Linear: LinearAdapter(),
+    JetLinear: JetAdapter(),
     nn.Conv1d: ConvAdapter(),
     nn.Conv2d: ConvAdapter(),
     nn.Conv3d: ConvAdapter(),
