@@ -34,7 +34,7 @@ from natgrad.fishers import (
     Woodbury,
 )
 from natgrad.jets import Jets
-from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum
 from natgrad.optim import (
     AdaptiveKLLimit,
     Automatic,
@@ -67,6 +67,7 @@ __all__ = [
     "BlockTridiagonal",
     "Categorical",
     "Constant",
+    "ConvexLoss",
     "CorrectedKFAC",
     "Deflated",
     "Diagonal",
@@ -83,6 +84,7 @@ __all__ = [
     "Lanczos",
     "LevenbergMarquardt",
     "Likelihood",
+    "LossSum",
     "NGPlus",
     "NaturalGradient",
     "Nicolaides",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from natgrad.capture import Capture, Examples, Weights
 from natgrad.labels import Labels
@@ -53,19 +54,24 @@ class Record:
     scale: float = 1.0
     which: Examples = Examples()
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    targets: Tensor | None = None
+    targets: Any = None
 
     def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
-        """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed."""
+        """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed.
+
+        The seeds share the count, so that passes with different numbers of them pool as their examples do.
+        """
         calls = self._reached(layer)
         if not calls:
             return
         n = max(1, round(fraction * len(calls[0].x)))
         a = torch.cat([layer.adapter.inputs(layer.module, call.x[:n]) for call in calls], -2)
-        for seed in range(len(calls[0].gradients)):
+        seeds = len(calls[0].gradients)
+        scale = self.scale / seeds**0.5
+        for seed in range(seeds):
             g = torch.cat([layer.adapter.outputs(layer.module, _gradient(call, seed)[:n]) for call in calls], -2)
             a, g = (a, g.to(a.dtype)) if a.dtype.itemsize >= 4 else (a.float(), g.float())
-            yield self._capture(a, g if self.scale == 1.0 else g * self.scale, n, sharing)
+            yield self._capture(a, g if scale == 1.0 else g * scale, n, sharing, seeds)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along weights V = ``tensors``; products run in the dtype of V."""
@@ -94,7 +100,7 @@ class Record:
             )
         return calls
 
-    def _capture(self, a: Tensor, g: Tensor, n: int, sharing: Sharing) -> Capture:
+    def _capture(self, a: Tensor, g: Tensor, n: int, sharing: Sharing, seeds: int) -> Capture:
         t = a.shape[-2]
         rows: float | Tensor = float(n * t)
         used: float | Tensor = float(t)  # positions of each example
@@ -107,7 +113,7 @@ class Record:
             used = kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
             a, g, rows = a.sum(-2, keepdim=True), g.sum(-2, keepdim=True) / used, examples
-        return Capture(a, g, self.count(n), rows, self.which)
+        return Capture(a, g, self.count(n) / seeds, rows, self.which)
 
 
 class Engine:
@@ -259,24 +265,32 @@ class Engine:
             record.inputs = (args, kwargs)
         if self.labels is not None:
             record.targets = self.labels.targets
-            self._send_back(record, self.labels, self.labels.select(output))
+            self._send_back(record, self.labels, output)
         self._records.append(record)
 
-    def _send_back(self, record: Record, labels: Labels, output: Tensor) -> None:
-        if not output.requires_grad:
+    def _send_back(self, record: Record, labels: Labels, returned: Any) -> None:
+        selected = labels.select(returned)
+        outputs = selected if isinstance(selected, tuple) else (selected,)
+        tracked = [k for k, output in enumerate(outputs) if output.requires_grad]
+        if not tracked:
             return
         calls = [call for layer_calls in record.calls.values() for call in layer_calls]
         edges = [call.edge for call in calls if call.edge is not None]
-        plain = output.detach() if output.dtype.itemsize >= 4 else output.detach().float()
-        record.terms = labels.terms(plain)
-        for seed in labels.seeds(plain):
-            seed = seed.to(output.dtype)
-            gradients = torch.autograd.grad(output, edges, seed, retain_graph=True, allow_unused=True)
+        plain = tuple(x.detach() if x.dtype.itemsize >= 4 else x.detach().float() for x in outputs)
+        whole = plain if isinstance(selected, tuple) else plain[0]
+        record.terms = labels.terms(whole)
+        heads = [outputs[k] for k in tracked]
+        for seed in labels.seeds(whole):
+            seeds = seed if isinstance(seed, tuple) else (seed,)
+            back = [seeds[k].to(outputs[k].dtype) for k in tracked]
+            gradients = torch.autograd.grad(heads, edges, back, retain_graph=True, allow_unused=True)
             for call, gradient in zip(calls, gradients, strict=True):
                 call.gradients.append(gradient)
         for call in calls:
             call.edge = None  # lets go of the graph
-        output.register_hook(lambda _: setattr(record, "live", True))
+        for tensor in {id(x): x for x in (*heads, *tree_leaves(returned))}.values():  # a pointer may make a new tensor
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: setattr(record, "live", True))
 
 
 def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:

@@ -33,13 +33,13 @@ class JetLinear(nn.Linear):
 
 
 class Jets(nn.Module):
-    """A network of dense layers and activations that returns a :class:`Jet` for x (n, d): it shares ``network``'s weights.
+    """A network of dense layers and activations, with the weights of ``network``, that maps x (n, d) to a :class:`Jet`.
 
     Every layer is called once, on the t = 1 + 2 d positions (s, ds/dx_k, d2s/dx_k^2): s = W a + b, ds = W da and d2s =
-    W d2a; an activation maps them by the chain rule. So the weight is *shared* by t positions of an example, and the
-    Fisher of a loss that reads derivatives, such as the residual of a differential equation, is what every approximation
-    makes of them: JointWoodbury is the energy natural gradient, KFAC is KFAC for PINNs. Cost: t times a pass of
-    ``network``, and no differentiation in x.
+    W d2a; an activation maps them by the chain rule. So a loss of derivatives, such as the residual of a differential
+    equation, is one of a network whose weights are shared by t positions of an example, and its Fisher is what every
+    approximation makes of those: JointWoodbury is the energy natural gradient, KFAC is KFAC for PINNs. Cost: t times a
+    pass of ``network``, and no differentiation in x.
 
     ``network`` is an ``nn.Linear``, a module without parameters that treats all rows alike, or an ``nn.Sequential`` of
     such; ``TypeError`` for any other. References: Bettencourt et al. 2019 (Taylor mode); Dangel et al., arXiv
@@ -71,11 +71,12 @@ def _chain(phi: nn.Module, jet: Tensor, d: int) -> Tensor:
         return torch.cat([z, slope * first, slope * (second - 2 * z * first * first)], 1)
     here = value.expand_as(first)
 
-    def along(s: Tensor) -> tuple[Tensor, ...]:
-        return jvp(phi, (s,), (first,))
+    def turned(s: Tensor) -> Tensor:
+        return jvp(phi, (s,), (first,))[1]
 
-    (z, dz), (_, bend) = jvp(along, (here,), (first,))
-    return torch.cat([z[:, :1], dz, bend + jvp(phi, (here,), (second,))[1]], 1)
+    dz, bend = jvp(turned, (here,), (first,))[:2]
+    z, turn = jvp(phi, (here,), (second,))[:2]
+    return torch.cat([z[:, :1], dz, bend + turn], 1)
 
 
 def _flat(network: nn.Module) -> Iterator[nn.Module]:
@@ -93,5 +94,7 @@ def _on_jets(module: nn.Module) -> nn.Module:
         layer.weight, layer.bias = module.weight, module.bias
         return layer
     if next(module.parameters(), None) is not None:
-        raise TypeError(f"Jets reads nn.Linear, nn.Sequential and modules without parameters, not {type(module).__name__}")
+        raise TypeError(
+            f"Jets reads nn.Linear, nn.Sequential and modules without parameters, not {type(module).__name__}"
+        )
     return module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,8 @@ class Directions:
             assert record.inputs is not None
             (output, JD), (_, JP) = (self._jacobian_product(record, V) for V in (self.D, self.P))
             HD, HP = (self.labels.likelihood.hessian_product(output, J, record.targets) for J in (JD, JP))
-            total = total + torch.stack([(JD * HD).sum(), (JD * HP).sum(), (JP * HP).sum()])
-            count = count + float(record.count(len(output)))
+            total = total + torch.stack([_dot(JD, HD), _dot(JD, HP), _dot(JP, HP)])
+            count = count + float(record.count(max(map(len, output)) if isinstance(output, tuple) else len(output)))
         return total / count
 
     @cached_property
@@ -109,7 +110,7 @@ class Directions:
     def _count(self) -> float | Tensor:
         return sum(record.count() for record in self.records)
 
-    def _jacobian_product(self, record: Record, V: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _jacobian_product(self, record: Record, V: Mapping[str, Tensor]) -> tuple[Any, Any]:
         assert self.model is not None and self.labels is not None and record.inputs is not None
         args, kwargs = record.inputs
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -126,7 +127,7 @@ class Directions:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         model, select = self.model, self.labels.select
 
-        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        def outputs(parameters: dict[str, Tensor]) -> Any:
             return select(torch.func.functional_call(model, {**parameters, **buffers}, args, kwargs))
 
         device = self._device
@@ -138,6 +139,12 @@ class Directions:
 def _inner(X: Mapping[str, Tensor], Y: Mapping[str, Tensor]) -> Tensor:
     """<X, Y>, layer by layer."""
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in ((X[name], Y[name]) for name in X)])
+
+
+def _dot(x: Any, y: Any) -> Tensor:
+    """The inner product of two outputs, or of two tuples of them."""
+    pairs = zip(x, y, strict=True) if isinstance(x, tuple) else ((x, y),)
+    return torch.stack([(a * b).sum() for a, b in pairs]).sum()
 
 
 def _pairs(u: Tensor) -> Tensor:
