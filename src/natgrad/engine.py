@@ -59,7 +59,8 @@ class Record:
     def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
         """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed.
 
-        The seeds share the count, so that passes with different numbers of them pool as their examples do.
+        The seeds share the count, as gradients share their sum of squares, so that passes with different numbers of
+        seeds pool as their examples do.
         """
         calls = self._reached(layer)
         if not calls:
@@ -67,11 +68,10 @@ class Record:
         n = max(1, round(fraction * len(calls[0].x)))
         a = torch.cat([layer.adapter.inputs(layer.module, call.x[:n]) for call in calls], -2)
         seeds = len(calls[0].gradients)
-        scale = self.scale / seeds**0.5
         for seed in range(seeds):
             g = torch.cat([layer.adapter.outputs(layer.module, _gradient(call, seed)[:n]) for call in calls], -2)
             a, g = (a, g.to(a.dtype)) if a.dtype.itemsize >= 4 else (a.float(), g.float())
-            yield self._capture(a, g if scale == 1.0 else g * scale, n, sharing, seeds)
+            yield self._capture(a, g if self.scale == 1.0 else g * self.scale, n, sharing, seeds)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along weights V = ``tensors``; products run in the dtype of V."""
@@ -288,6 +288,7 @@ class Engine:
                 call.gradients.append(gradient)
         for call in calls:
             call.edge = None  # lets go of the graph
+        record.scale = len(calls[0].gradients) ** -0.5
         for tensor in {id(x): x for x in (*heads, *tree_leaves(returned))}.values():  # a pointer may make a new tensor
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: setattr(record, "live", True))

@@ -69,7 +69,7 @@ def _chain(phi: nn.Module, jet: Tensor, d: int) -> Tensor:
         z = value.tanh()
         slope = 1 - z * z
         return torch.cat([z, slope * first, slope * (second - 2 * z * first * first)], 1)
-    here = value.expand_as(first)
+    here = value.expand_as(first).contiguous()
 
     def turned(s: Tensor) -> Tensor:
         return jvp(phi, (s,), (first,))[1]

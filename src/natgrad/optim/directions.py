@@ -65,7 +65,7 @@ class Directions:
         slopes, squares = _inner(self.D, self.M), _inner(self.D, self.D)
         curvature = torch.zeros_like(slopes)
         for u in self._responses:
-            own = [u[name][0].square().sum(-1).mean() if name in u else curvature.new_zeros(()) for name in self.D]
+            own = [u[name][0].square().sum() if name in u else curvature.new_zeros(()) for name in self.D]
             curvature = curvature + torch.stack(own) / self._count
         total = curvature + damping * squares
         return torch.where(total > 0, slopes / total, torch.zeros_like(total))
@@ -148,5 +148,5 @@ def _dot(x: Any, y: Any) -> Tensor:
 
 
 def _pairs(u: Tensor) -> Tensor:
-    """Sums over the examples of u_D^2, u_D u_P and u_P^2, in the mean over the seeds."""
-    return torch.stack([(u[i] * u[j]).sum(-1).mean() for i, j in ((0, 0), (0, 1), (1, 1))])
+    """Sums over the examples and the seeds of u_D^2, u_D u_P and u_P^2."""
+    return torch.stack([(u[i] * u[j]).sum() for i, j in ((0, 0), (0, 1), (1, 1))])
