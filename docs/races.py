@@ -89,16 +89,16 @@ def draw_errors(axes: Axes, own: Sequence[str]) -> None:
     axes.set(title="Fisher error, one layer", xlim=(0, 1))
 
 
-def draw_race(axes: Axes, task: str, own: Sequence[str], against: str) -> None:
-    """Training loss against steps or seconds, with AdamW, Muon and KFAC beside."""
+def draw_race(axes: Axes, task: str, own: Sequence[str]) -> None:
+    """Training loss against steps, with AdamW, Muon and KFAC beside."""
     runs = races(task)
     beside = {name: colour for name, colour in BESIDE.items() if name not in own}
     lines = {**beside, **dict(zip(own, OWN, strict=False))}
     for name, colour in lines.items():
         if name in runs:
             curve = runs[name]["curve"]
-            axes.semilogy([p[against] for p in curve], [p["loss"] for p in curve], color=colour, label=name)
-    axes.set(title=TASKS[task], xlabel="steps" if against == "step" else "seconds")
+            axes.semilogy([p["step"] for p in curve], [p["loss"] for p in curve], color=colour, label=name)
+    axes.set(title=TASKS[task], xlabel="steps")
     axes.legend(fontsize=6)
 
 
@@ -107,11 +107,10 @@ def main() -> None:
     torch.set_num_threads(1)
     (HERE / "races").mkdir(exist_ok=True)
     for page, own in PAGES.items():
-        figure, axes = plt.subplots(1, 4, figsize=(PAIR * 4, PAIR), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(PAIR * 3, PAIR), layout="constrained")
         draw_errors(axes[0], own)
-        draw_race(axes[1], "mnist-ae", own, "step")
-        draw_race(axes[2], "mnist-ae", own, "seconds")
-        draw_race(axes[3], "digits", own, "step")
+        for here, task in zip(axes[1:], TASKS, strict=True):
+            draw_race(here, task, own)
         figure.savefig(HERE / "races" / f"{page}.png", dpi=68, metadata={"Software": None})
         plt.close(figure)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from natgrad.capture import Capture
 from natgrad.matrix import (
@@ -188,6 +190,19 @@ def block(weight: Tensor, bias: Tensor | None) -> Tensor:
     return flat if bias is None else torch.cat([flat, bias.unsqueeze(-1)], -1)
 
 
+def block_of(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for any kind of layer that has its tensors in another order; groups are one above the other."""
+    n = len(weight)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)):
+        return block(weight.reshape(n, -1, 1), None if bias is None else bias.reshape(n, -1))
+    if isinstance(module, _ConvTransposeNd):
+        groups = weight.chunk(module.groups, 1)
+        return block(torch.cat([group.transpose(1, 2) for group in groups], 1), bias)
+    if type(module).__name__ == "Conv1D":
+        return block(weight.transpose(1, 2), bias)
+    return block(weight, bias)
+
+
 def jacobians(model: nn.Module, inputs: Any, select: Callable[[Any], Tensor] = lambda y: y) -> dict[str, Tensor]:
     """The Jacobian (outputs of the batch, out (in+1)) of the model in every layer that has a trained weight."""
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -197,7 +212,7 @@ def jacobians(model: nn.Module, inputs: Any, select: Callable[[Any], Tensor] = l
     def outputs(parameters: dict[str, Tensor]) -> Tensor:
         return select(functional_call(model, {**frozen, **parameters}, args)).flatten()
 
-    return _blocks(jacrev(outputs)(parameters))
+    return {name: J.flatten(1) for name, J in _blocks(model, jacrev(outputs)(parameters)).items()}
 
 
 def per_example_gradients(
@@ -211,8 +226,7 @@ def per_example_gradients(
         output = functional_call(model, {**frozen, **parameters}, (x.unsqueeze(0),))
         return loss(output, y.unsqueeze(0))
 
-    gradients = vmap(grad(alone), in_dims=(None, 0, 0))(parameters, x, y)
-    return {name: flat.unflatten(-1, (_out(model, name), -1)) for name, flat in _blocks(gradients).items()}
+    return _blocks(model, vmap(grad(alone), in_dims=(None, 0, 0))(parameters, x, y))
 
 
 def ggn(model: nn.Module, inputs: Any, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -223,15 +237,10 @@ def ggn(model: nn.Module, inputs: Any, loss: Callable[[Tensor], Tensor]) -> dict
     return {name: J.mT @ H @ J for name, J in jacobians(model, inputs).items()}
 
 
-def _blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _blocks(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     names = [name.removesuffix("weight").removesuffix(".") for name in tensors if name.endswith("weight")]
     prefix = {name: f"{name}." if name else "" for name in names}
     return {
-        name: block(tensors[prefix[name] + "weight"], tensors.get(prefix[name] + "bias")).flatten(1) for name in names
+        name: block_of(model.get_submodule(name), tensors[prefix[name] + "weight"], tensors.get(prefix[name] + "bias"))
+        for name in names
     }
-
-
-def _out(model: nn.Module, layer: str) -> int:
-    weight = model.get_submodule(layer).weight
-    assert isinstance(weight, Tensor)
-    return len(weight)

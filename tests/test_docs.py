@@ -13,7 +13,7 @@ import natgrad
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PICTURES = sorted((ROOT / "docs" / "pictures").iterdir())
+PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.png"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -59,6 +59,13 @@ def test_every_picture_is_small_drawn_by_a_function_and_shown(picture: Path) -> 
     assert picture.stat().st_size < 60_000
     assert f"def {picture.stem}()" in (ROOT / "docs" / "pictures.py").read_text()
     assert any(f"pictures/{picture.name})" in page.read_text() for page in PAGES)
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "pictures" / "races").iterdir()), ids=name_of)
+def test_every_race_is_small_drawn_for_a_page_and_shown_on_it(picture: Path) -> None:
+    assert picture.stat().st_size < 60_000
+    assert f'"{picture.stem}": (' in (ROOT / "docs" / "races.py").read_text()
+    assert f"pictures/races/{picture.name})" in (ROOT / "docs" / "approximations" / f"{picture.stem}.md").read_text()
 
 
 @pytest.mark.parametrize("name", natgrad.__all__)

@@ -382,7 +382,7 @@ def test_batches_may_be_an_iterator_that_can_be_read_once(make: Callable[[], App
 
 
 def test_it_works_without_grad_and_covers_trained_layers_alone() -> None:
-    model = deep_linear(nn.LayerNorm(3))
+    model = deep_linear(nn.PReLU(3))
     model[1].weight.requires_grad_(False)
     with torch.no_grad():
         found = natgrad.fisher(model, KFAC(), Gaussian(), [(torch.randn(6, 5), None)])
@@ -408,7 +408,7 @@ def test_no_data_no_layers_and_too_large_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="the batches are empty, or reach no covered layer"):
         natgrad.fisher(deep_linear(), KFAC(), Gaussian(), [])
     with pytest.raises(ValueError, match="the model has no layer that an adapter covers"):
-        natgrad.fisher(nn.LayerNorm(5), KFAC(), Gaussian(), [(x, None)])
+        natgrad.fisher(nn.PReLU(5), KFAC(), Gaussian(), [(x, None)])
     with pytest.raises(ValueError, match=r"ExactFisher: layer '0' has a block of 4 x 6 weights, above limit=20"):
         natgrad.fisher(deep_linear(), ExactFisher(limit=20), Gaussian(), [(x, None)])
     with pytest.raises(ValueError, match=r"EigenCorrected needs a base with an eigenbasis; Diagonal\(\) has none"):

@@ -127,3 +127,15 @@ def test_woodbury_on_all_labels_is_the_gauss_newton_matrix() -> None:
     found = natgrad.fisher(model, Woodbury(), Categorical(), [(x, y)])
     for name, expected in ggn(model, x, lambda output: F.cross_entropy(output.view(5, 3), y)).items():
         assert_equal(found[name].dense(), expected)
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 100], ids=["whole", "chunks"])
+@pytest.mark.parametrize("out", [1, 4])
+@pytest.mark.parametrize("groups", [(), (5,)], ids=["one", "groups"])
+def test_the_joint_gram_matrix_is_that_of_whole_gradients(
+    groups: tuple[int, ...], out: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    seen = Capture(torch.randn(*groups, 7, 3, 2), torch.randn(*groups, 7, 3, out), 7, 21)
+    U = loop(seen).movedim(-3, 0).flatten(1)
+    assert_equal(seen.joint_gram(), U @ U.mT, 1e-13)

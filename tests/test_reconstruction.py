@@ -441,17 +441,19 @@ def test_sampled_labels_are_fresh_at_every_refresh_and_the_same_for_the_same_see
 
 def test_the_observing_pass_leaves_modes_running_statistics_and_gradients_alone() -> None:
     norm = nn.BatchNorm1d(5)
-    model = nn.Sequential(nn.Linear(6, 5), norm, nn.Dropout(0.5).eval(), nn.Linear(5, 3))
+    uncovered = nn.PReLU(5)
+    model = nn.Sequential(nn.Linear(6, 5), norm, uncovered, nn.Dropout(0.5).eval(), nn.Linear(5, 3))
     gradients(model, X, Y)
-    assert norm.weight.grad is not None and norm.running_mean is not None
-    gradient, running, modes = norm.weight.grad.clone(), norm.running_mean.clone(), [part.training for part in model]
+    assert uncovered.weight.grad is not None and norm.running_mean is not None
+    gradient, running = uncovered.weight.grad.clone(), norm.running_mean.clone()
+    modes = [part.training for part in model]
     random = torch.random.get_rng_state()
     natgrad.reconstruct(model, [(X, Y)])
     natgrad.refresh(model, [(X, Y)])
-    assert torch.equal(norm.running_mean, running) and torch.equal(norm.weight.grad, gradient)
+    assert torch.equal(norm.running_mean, running) and torch.equal(uncovered.weight.grad, gradient)
     assert [part.training for part in model] == modes
     assert torch.equal(torch.random.get_rng_state(), random)
-    assert not model._forward_hooks and not model[0]._forward_hooks
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 # Ordinary torch tools.

@@ -34,6 +34,7 @@ from natgrad.fishers import (
     Woodbury,
 )
 from natgrad.jets import Jets
+from natgrad.layers import Adapter, register, unregister
 from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum
 from natgrad.optim import (
     AdaptiveKLLimit,
@@ -46,6 +47,7 @@ from natgrad.optim import (
     QuadraticModel,
     StepSize,
     TraceDamping,
+    coverage,
 )
 from natgrad.reconstruction import reconstruct, refresh, restore
 
@@ -61,6 +63,7 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "AdaptiveKLLimit",
+    "Adapter",
     "Approximation",
     "Automatic",
     "Bernoulli",
@@ -99,8 +102,11 @@ __all__ = [
     "TwoLevel",
     "UnitWise",
     "Woodbury",
+    "coverage",
     "fisher",
     "reconstruct",
     "refresh",
+    "register",
     "restore",
+    "unregister",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ class Examples:
     ids: Tensor | None = None
 
 
+Kind = Literal["plain", "wide", "tokens", "mixed"]
+"""How a layer uses its weight: as any; with a side too wide for a matrix; on tokens; both on tokens and as a head."""
+
 Weights = Callable[[Examples, Tensor], Tensor]
 """The weights (n,) of examples at one layer, which may depend on the gradients g (n, ...) at its output."""
 
@@ -34,7 +38,8 @@ class Capture:
     * ``g`` (*groups, n, t, out): gradients of the *sum* of the loss terms at the layer's output (un-averaged);
     * ``count``: number of loss terms; F = 1/count sum_n vec(DW_n) vec(DW_n)^T with DW_n = sum_t g_nt a_nt^T;
     * ``rows``: number of positions (n t less the masked ones), the divisor of the input covariance;
-    * ``examples``: which ones they are.
+    * ``examples``: which ones they are;
+    * ``diagonal``: of which sides (out, in) no covariance is formed, but its diagonal.
     """
 
     a: Tensor
@@ -42,6 +47,7 @@ class Capture:
     count: float | Tensor
     rows: float | Tensor
     examples: Examples = Examples()
+    diagonal: tuple[bool, bool] = (False, False)
 
     @cached_property
     def flat_a(self) -> Tensor:
@@ -58,10 +64,27 @@ class Capture:
         """Whether the weight is used at more than one position."""
         return self.a.shape[-2] > 1
 
+    @property
+    def norm_a(self) -> Tensor:
+        """|a|^2 at every position: (*groups, n t, 1)."""
+        return self.flat_a.square().sum(-1, keepdim=True)
+
+    @property
+    def norm_g(self) -> Tensor:
+        """|g|^2 at every position: (*groups, n t, 1)."""
+        return self.flat_g.square().sum(-1, keepdim=True)
+
+    def moment_a(self, weights: Tensor | None = None) -> Tensor:
+        """sum w a a^T over positions, w (*groups, n t, 1): (*groups, in, in); or its diagonal (*groups, in, 1)."""
+        return _moment(self.flat_a, weights, self.diagonal[1])
+
+    def moment_g(self, weights: Tensor | None = None) -> Tensor:
+        """sum w g g^T over positions, w (*groups, n t, 1): (*groups, out, out); or its diagonal (*groups, out, 1)."""
+        return _moment(self.flat_g, weights, self.diagonal[0])
+
     def weight_gradients(self) -> Iterator[Tensor]:
         """Per-example gradients DW (*groups, n', out, in), in chunks of examples that fit in memory."""
-        size = self.a.shape[-1] * self.g.shape[-1] * max(1, self.a.shape[:-3].numel())
-        step = max(1, _CHUNK // size)
+        step = per_chunk(self.a.shape[-1] * self.g.shape[-1] * self.a.shape[:-3].numel())
         for a, g in zip(self.a.split(step, -3), self.g.split(step, -3), strict=True):
             yield torch.einsum("...nto,...nti->...noi", g, a)
 
@@ -69,7 +92,10 @@ class Capture:
         """sum_n DW_n^2, element by element (*groups, out, in); without per-example gradients if t = 1."""
         if not self.shared:
             return self.flat_g.square().mT @ self.flat_a.square()
-        return torch.stack([DW.square().sum(-3) for DW in self.weight_gradients()]).sum(0)
+        total = torch.zeros((), dtype=self.g.dtype, device=self.g.device)
+        for DW in self.weight_gradients():
+            total = total + DW.square().sum(-3)
+        return total
 
     def along(self, V: Tensor) -> Tensor:
         """u_n = <DW_n, V> = sum_t g_nt^T V a_nt for V (*groups, out, in): (*groups, n); 2 n t out in flops."""
@@ -92,6 +118,15 @@ class Capture:
             return self._gram_of_gradients()
         return self._gram_of_positions()
 
+    def joint_gram(self) -> Tensor:
+        """The sum of :meth:`gram` over the groups (n, n): some at a time, or all at once if each has one output."""
+        n = self.a.shape[-3]
+        if self.a.ndim > 3 and self.g.shape[-1] == 1:
+            U = torch.cat(list(self.weight_gradients()), -3).movedim(-3, 0).flatten(1)
+            return U @ U.mT
+        a, g = (x.reshape(-1, *x.shape[-3:]).split(max(1, _CHUNK // n**2)) for x in (self.a, self.g))
+        return sum((Capture(*pair, 1.0, 1.0).gram().sum(0) for pair in zip(a, g, strict=True)), self.a.new_zeros(n, n))
+
     def _gram_of_positions(self) -> Tensor:
         n, t = self.a.shape[-3:-1]
         step = max(1, _CHUNK // (n * t**2 * max(1, self.a.shape[:-3].numel())))
@@ -111,12 +146,35 @@ class Capture:
         return K
 
     def project(self, left: Tensor, right: Tensor) -> Capture:
-        """The same examples in other coordinates: a @ right, g @ left, so that DW becomes left^T DW right."""
-        examples = self.a.shape[-3:-1]
-        a = (self.flat_a @ right.to(self.a.dtype)).unflatten(-2, examples)
-        g = (self.flat_g @ left.to(self.g.dtype)).unflatten(-2, examples)
-        return Capture(a, g, self.count, self.rows, self.examples)
+        """The same examples in other coordinates: a @ right, g @ left, so that DW becomes left^T DW right.
+
+        A column (*groups, d, 1) stands for a diagonal matrix.
+        """
+        a, g = _changed(self.a, right), _changed(self.g, left)
+        return Capture(a, g, self.count, self.rows, self.examples, self.diagonal)
 
     def to(self, dtype: torch.dtype) -> Capture:
         """The same with ``a`` and ``g`` cast."""
-        return Capture(self.a.to(dtype), self.g.to(dtype), self.count, self.rows, self.examples)
+        return Capture(self.a.to(dtype), self.g.to(dtype), self.count, self.rows, self.examples, self.diagonal)
+
+    def swapped(self) -> Capture:
+        """The capture of the transposed weight: inputs for gradients, and the reverse."""
+        return Capture(self.g, self.a, self.count, self.rows, self.examples, self.diagonal[::-1])
+
+
+def per_chunk(size: int) -> int:
+    """The number of examples of ``size`` elements that are held at once."""
+    return max(1, _CHUNK // max(1, size))
+
+
+def _moment(x: Tensor, weights: Tensor | None, diagonal: bool) -> Tensor:
+    y = x if weights is None else x * weights
+    return (y * x).sum(-2).unsqueeze(-1) if diagonal else y.mT @ x
+
+
+def _changed(x: Tensor, basis: Tensor) -> Tensor:
+    """x (*groups, n, t, d) times a basis (*groups, d, d), or a diagonal one (*groups, d, 1)."""
+    basis = basis.to(x.dtype)
+    if basis.shape[-1] != basis.shape[-2]:
+        return x * basis.mT.unsqueeze(-3)
+    return (x.flatten(-3, -2) @ basis).unflatten(-2, x.shape[-3:-1])

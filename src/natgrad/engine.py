@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from natgrad.capture import Capture, Examples, Weights
 from natgrad.labels import Labels
 from natgrad.layers import RULES, Exposed, Layer
+from natgrad.sparse import Sparse, SparseCapture, Together, joined, masked, summed
 from natgrad.weighting import Weighting
 
 Sharing = Literal["expand", "reduce"]
@@ -28,14 +29,16 @@ Sharing = Literal["expand", "reduce"]
 
 @dataclass
 class Call:
-    """One call of one layer: its input, where its output stands in the graph, and the gradients there, one per seed.
+    """One call of one layer: what was read of it, where its output stands in the graph, and the gradients of the seeds.
 
-    ``read`` brings a gradient into the form (n, ...) that x has.
+    ``read`` brings a gradient into the form (n, ...) that x has. ``use`` is the layer, or of a weight that several
+    modules share the use that this is.
     """
 
     x: Tensor
     edge: GradientEdge | None
     read: Callable[[Tensor], Tensor]
+    use: Layer
     gradients: list[Tensor | None] = field(default_factory=list)
 
 
@@ -45,7 +48,7 @@ class Record:
 
     ``terms``: weights (n, terms) of the loss terms, or the number of terms of one example. ``live``: whether the user's
     backward pass has reached this forward pass. ``scale``: what the recorded gradients must be multiplied by.
-    ``which``: the examples.
+    ``which``: the examples. ``size``: how many the output has, if that is known.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -55,6 +58,7 @@ class Record:
     which: Examples = Examples()
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     targets: Any = None
+    size: int | None = None
 
     def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
         """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed.
@@ -66,30 +70,37 @@ class Record:
         if not calls:
             return
         n = max(1, round(fraction * len(calls[0].x)))
-        a = torch.cat([layer.adapter.inputs(layer.module, call.x[:n]) for call in calls], -2)
-        seeds = len(calls[0].gradients)
-        for seed in range(seeds):
-            g = torch.cat([layer.adapter.outputs(layer.module, _gradient(call, seed)[:n]) for call in calls], -2)
-            a, g = (a, g.to(a.dtype)) if a.dtype.itemsize >= 4 else (a.float(), g.float())
-            yield self._capture(a, g if self.scale == 1.0 else g * self.scale, n, sharing, seeds)
+        roles = [[call for call in calls if call.use.adapter.swapped == swapped] for swapped in (False, True)]
+        roles = [role for role in roles if role]
+        inputs = [_inputs(role, n) for role in roles]
+        for seed in range(len(calls[0].gradients)):
+            parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, strict=True)]
+            yield parts[0] if len(parts) == 1 else Together(parts)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along weights V = ``tensors``; products run in the dtype of V."""
         total = None
         for call in self._reached(layer):
-            y = layer.adapter.forward(layer.module, tensors, call.x.to(tensors[0].dtype)).flatten(1)
+            use = call.use
+            y = use.adapter.forward(use.module, tensors, use.adapter.cast(call.x, tensors[0].dtype)).flatten(1)
             gradients = [_gradient(call, seed).flatten(1).to(y.dtype) for seed in range(len(call.gradients))]
             u = torch.stack([(y * g).sum(-1, dtype=torch.promote_types(y.dtype, torch.float32)) for g in gradients])
             total = u if total is None else total + u
         return total if total is None else total * self.scale
 
     def examples(self) -> int:
-        """The number of examples, by the first layer that recorded any."""
+        """The number of examples, of the output or by the first layer that recorded any."""
+        if self.size is not None:
+            return self.size
         return next((call.x.shape[0] for calls in self.calls.values() for call in calls), 0)
 
     def count(self, n: int | None = None) -> float | Tensor:
         """The number of loss terms, of the first n examples."""
         return self.terms[:n].sum() if isinstance(self.terms, Tensor) else self.terms * (n or self.examples())
+
+    def _counted(self, n: int, of: int) -> float | Tensor:
+        """The number of loss terms behind n examples of a layer that saw ``of`` of them."""
+        return self.count(n) if of == self.examples() else self.count() * (n / of)
 
     def _reached(self, layer: Layer) -> list[Call]:
         calls = [call for call in self.calls.get(layer.name, ()) if any(g is not None for g in call.gradients)]
@@ -100,20 +111,41 @@ class Record:
             )
         return calls
 
-    def _capture(self, a: Tensor, g: Tensor, n: int, sharing: Sharing, seeds: int) -> Capture:
-        t = a.shape[-2]
+    def _capture(
+        self, layer: Layer, calls: list[Call], a: Tensor | Sparse, seed: int, n: int, sharing: Sharing
+    ) -> Capture:
+        """What these calls, all in one role, saw."""
+        g = torch.cat([call.use.adapter.outputs(call.use.module, _gradient(call, seed)[:n]) for call in calls], -2)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        a, g = a.to(dtype), g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale
+        t, swapped, of = g.shape[-2], calls[0].use.adapter.swapped, len(calls[0].x)
         rows: float | Tensor = float(n * t)
         used: float | Tensor = float(t)  # positions of each example
         examples: float | Tensor = float(n)
-        if isinstance(self.terms, Tensor):  # positions that neither are a loss term nor act on one do not count
-            term = self.terms[:n] > 0
-            term = term if term.shape[1] == t else term.any(1, keepdim=True)
-            kept = (term | (g != 0).any(-1).reshape(-1, n, t).any(0)).to(a.dtype)
-            a, rows, examples = a * kept.unsqueeze(-1), kept.sum(), kept.amax(1).sum()
-            used = kept.sum(1).clamp(min=1).view(n, 1, 1)
+        kept = self._kept(a, g, n, of)
+        if kept is not None:
+            a, g = masked(a, g, kept)
+            rows, examples, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
-            a, g, rows = a.sum(-2, keepdim=True), g.sum(-2, keepdim=True) / used, examples
-        return Capture(a, g, self.count(n) / seeds, rows, self.which)
+            a, g, rows = summed(a), g.sum(-2, keepdim=True) / used, examples
+        count = self._counted(n, of) / len(calls[0].gradients)
+        diagonal = layer.diagonal[::-1] if swapped else layer.diagonal
+        if isinstance(a, Sparse):
+            return SparseCapture(a, g, count, rows, self.which, diagonal)
+        seen = Capture(a, g, count, rows, self.which, diagonal)
+        return seen.swapped() if swapped else seen
+
+    def _kept(self, a: Tensor | Sparse, g: Tensor, n: int, of: int) -> Tensor | None:
+        """The positions (n, t) that count, 1 or 0; ``None`` for all: those with an input that act on a loss term."""
+        t = g.shape[-2]
+        kept = a.used if isinstance(a, Sparse) else None
+        if isinstance(self.terms, Tensor):  # positions that neither are a loss term nor act on one do not count
+            acts = (g != 0).any(-1).reshape(-1, n, t).any(0)
+            if of == self.examples():
+                term = self.terms[:n] > 0
+                acts = acts | (term if term.shape[1] == t else term.any(1, keepdim=True))
+            kept = acts if kept is None else acts & kept
+        return None if kept is None else kept.to(g.dtype)
 
 
 class Engine:
@@ -142,7 +174,9 @@ class Engine:
         owners: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
             if layer.owner is None:
-                self._handles.append(layer.module.register_forward_hook(self._layer_hook(layer)))
+                for use in layer.uses:
+                    hook = self._layer_hook(layer, use)
+                    self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
             else:
                 owners.setdefault(layer.owner, []).append(layer)
         for owner, used in owners.items():
@@ -212,12 +246,12 @@ class Engine:
         if self.ids is not None and len(self.ids) != len(x):
             raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
 
-    def _layer_hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        read = partial(layer.adapter.batched, layer.module)
+    def _layer_hook(self, layer: Layer, use: Layer) -> Callable[..., None]:
+        read = partial(use.adapter.batched, use.module)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._current is not None and output.requires_grad:
-                self._saw(layer, read(args[0].detach()), output, read)
+                self._saw(layer, use.read(args, kwargs), output, read, use)
 
         return hook
 
@@ -239,11 +273,13 @@ class Engine:
 
         return opening, closing
 
-    def _saw(self, layer: Layer, x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+    def _saw(
+        self, layer: Layer, x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor], use: Layer | None = None
+    ) -> None:
         """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""
         if self._current is None or not output.requires_grad:
             return
-        call = Call(x, None, read)
+        call = Call(x, None, read, use or layer)
         self._count(x)
         if self.labels is None:
             output.register_hook(_gather(self._current, call))
@@ -278,7 +314,7 @@ class Engine:
         edges = [call.edge for call in calls if call.edge is not None]
         plain = tuple(x.detach() if x.dtype.itemsize >= 4 else x.detach().float() for x in outputs)
         whole = plain if isinstance(selected, tuple) else plain[0]
-        record.terms = labels.terms(whole)
+        record.terms, record.size = labels.terms(whole), max(map(len, plain))
         heads = [outputs[k] for k in tracked]
         for seed in labels.seeds(whole):
             seeds = seed if isinstance(seed, tuple) else (seed,)
@@ -301,6 +337,12 @@ def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:
         call.gradients = [gradient.detach() if first is None else first + gradient.detach()]
 
     return hook
+
+
+def _inputs(calls: list[Call], n: int) -> Tensor | Sparse:
+    """The inputs of the first n examples of all these calls, as positions of one layer."""
+    chosen = ((call.use.adapter, call.use.module, call.x[:n]) for call in calls)
+    return joined([adapter.sparse(module, x) or adapter.inputs(module, x) for adapter, module, x in chosen])
 
 
 def _gradient(call: Call, seed: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import nn
 
 from natgrad.capture import Capture
 from natgrad.engine import Engine, Sharing
-from natgrad.fishers import Approximation, Coupled, Stats, Weighted, pool
+from natgrad.fishers import Approximation, Coupled, Stats, Weighted, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
-from natgrad.layers import Layer, cover
+from natgrad.layers import WIDE, Layer, check_wide, cover
 from natgrad.likelihoods import Objective
 from natgrad.matrix import Blocks, Grouped, Matrix
 
@@ -29,6 +29,7 @@ def fisher(
     draws: int = 1,
     weight_sharing: Sharing = "expand",
     seed: int = 0,
+    wide: int | None = WIDE,
 ) -> Blocks:
     """F = 1/count sum_n E_y[vec(DW_n) vec(DW_n)^T] of every covered layer, under ``approximation``.
 
@@ -46,6 +47,8 @@ def fisher(
         draws: labels drawn per example by ``"sampled"``.
         weight_sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023) for weights used at several positions.
         seed: of the drawn labels.
+        wide: sides of more inputs or outputs are diagonal, ``None`` for none; embeddings have a diagonal side always.
+            Where the approximation cannot have one, KFAC stands in (:meth:`~natgrad.Approximation.sided`).
 
     Returns:
         A mapping from layer name, as in ``named_modules``, to :class:`~natgrad.matrix.Matrix`, whose ``dense()`` is the
@@ -59,11 +62,12 @@ def fisher(
         raise ValueError(f"{type(approximation).__name__} joins layers in its inverse and has no matrix per layer")
     if isinstance(approximation, Weighted):
         raise ValueError(f"{type(approximation).__name__} weighs examples and has no matrix per layer")
-    layers = cover(model).layers
+    check_wide(wide)
+    layers = cover(model, wide=wide).layers
     if not layers:
         raise ValueError("the model has no layer that an adapter covers")
     for layer in layers.values():
-        approximation.check(layer.name, layer.shape)
+        for_layer(approximation, layer.kind).check(layer.name, layer.shape)
     labels = Labels(likelihood, estimator, draws)
     if approximation.corrects and isinstance(batches, Iterator):
         batches = list(batches)
@@ -95,19 +99,19 @@ def _estimate(
 ) -> dict[str, Matrix]:
     stats: dict[str, Stats] = {}
     for layer, seen in passes(engine, model, batches, layers, sharing, seed):
-        here = pool(approximation.observe(capture) for capture in seen)
+        here = pool(for_layer(approximation, layer.kind).observe(capture) for capture in seen)
         stats[layer.name] = pool([stats[layer.name], here]) if layer.name in stats else here
     if not stats:
         raise ValueError("the batches are empty, or reach no covered layer")
-    merged = {name: approximation.merge(None, stats[name], 0.0) for name in layers if name in stats}
-    matrices = {name: approximation.assemble(kept) for name, kept in merged.items()}
+    used = {name: for_layer(approximation, layer.kind) for name, layer in layers.items() if name in stats}
+    matrices = {name: chosen.assemble(chosen.merge(None, stats[name], 0.0)) for name, chosen in used.items()}
     if approximation.corrects:
         total = dict.fromkeys(matrices, 0.0)
         for layer, seen in passes(engine, model, batches, layers, "expand", seed):  # eigenvalues are those of F
             weight = sum(float(capture.count) for capture in seen)
             total[layer.name] += weight
             decay = 1 - weight / total[layer.name] if weight else 1.0
-            matrices[layer.name] = approximation.correct(matrices[layer.name], seen, decay)
+            matrices[layer.name] = used[layer.name].correct(matrices[layer.name], seen, decay)
     return matrices
 
 

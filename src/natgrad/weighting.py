@@ -24,8 +24,9 @@ class Weighting:
     def __init__(self, layer: Layer, weights: Weights, active: Callable[[Tensor], Examples | None]) -> None:
         self._layer, self._weights, self._active = layer, weights, active
         self._held: list[nn.Parameter] = []
+        self._x: Tensor | None = None
         self._handles = [
-            layer.module.register_forward_pre_hook(self._hold),
+            layer.module.register_forward_pre_hook(self._hold, with_kwargs=True),
             layer.module.register_forward_hook(self._weigh, prepend=True, always_call=True),
         ]
 
@@ -34,23 +35,24 @@ class Weighting:
         for handle in self._handles:
             handle.remove()
 
-    def _hold(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _hold(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._held = []
-        weight = module.weight  # not a parameter inside torch.func.functional_call
+        weight = getattr(module, self._layer.adapter.names[0])  # no parameter inside torch.func.functional_call
         if torch.is_grad_enabled() and isinstance(weight, nn.Parameter) and weight.requires_grad:
-            self._examples = self._active(self._layer.adapter.batched(module, args[0]))
+            self._x = self._layer.read(args, kwargs)
+            self._examples = self._active(self._x)
             if self._examples is not None:
                 self._held = self._layer.parameters
         for parameter in self._held:
             parameter.requires_grad_(False)
 
     def _weigh(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
-        held, self._held = self._held, []
+        held, x, self._held, self._x = self._held, self._x, [], None
         for parameter in held:
             parameter.requires_grad_(True)
         if output is None or not held:  # output is None where the layer has raised
             return None
-        return _Weighted.apply(output, args[0], self._layer, self._weights, self._examples, *held)
+        return _Weighted.apply(output, x, self._layer, self._weights, self._examples, *held)
 
 
 class _Weighted(torch.autograd.Function):
@@ -66,7 +68,7 @@ class _Weighted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         layer, module = ctx.layer, ctx.layer.module
-        x, seen = (layer.adapter.batched(module, tensor) for tensor in (ctx.saved_tensors[0], g))
+        (x,), seen = ctx.saved_tensors, layer.adapter.batched(module, g)
         w = ctx.weights(ctx.examples, seen)
         gradients = layer.adapter.gradient(module, x.to(g.dtype), seen, w.to(g.dtype))
         return (g, None, None, None, None, *gradients)

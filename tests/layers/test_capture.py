@@ -15,7 +15,7 @@ from natgrad.engine import Engine, Record
 from natgrad.jets import JetLinear
 from natgrad.labels import Labels
 from natgrad.layers import Layer, adapter_of, cover
-from oracles import assert_equal, block, per_example_gradients
+from oracles import assert_equal, block_of, per_example_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -25,6 +25,28 @@ N = 5
 def flatten(*modules: nn.Module) -> nn.Sequential:
     """A network that ends with one vector per example, through a nonlinearity."""
     return nn.Sequential(*modules, nn.Tanh(), nn.Flatten())
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """A norm with weights and running statistics that are not those it starts with."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(0.5 + torch.rand_like(tensor))
+    return module
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight as (in, out), as in GPT-2."""
+
+    __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(0.1 * torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -59,7 +81,36 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     },
     "conv1d circular": (lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="circular", stride=2), (2, 7)),
     "conv3d replicate": (lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="replicate"), (2, 3, 4, 3)),
-}
+    "transposed1d": (lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 5)),
+    "transposed1d, cropped": (lambda: nn.ConvTranspose1d(2, 3, 2, stride=3, padding=2, bias=False), (2, 5)),
+    "transposed1d, stride above kernel": (lambda: nn.ConvTranspose1d(2, 3, 2, stride=4), (2, 5)),
+    "transposed2d": (
+        lambda: nn.ConvTranspose2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 0), dilation=(3, 2)), (2, 3, 4)
+    ),
+    "transposed2d groups": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=(1, 0), groups=2), (4, 3, 2)
+    ),
+    "transposed3d groups, dilated": (
+        lambda: nn.ConvTranspose3d(4, 2, 2, stride=(1, 2, 1), dilation=(2, 1, 1), groups=2, bias=False), (4, 2, 3, 2)
+    ),
+    "layer norm": (lambda: randomised(nn.LayerNorm(4)), (4,)),
+    "layer norm of sequences": (lambda: randomised(nn.LayerNorm(4)), (6, 4)),
+    "layer norm of two dimensions": (lambda: randomised(nn.LayerNorm((3, 4))), (5, 3, 4)),
+    "layer norm without bias": (lambda: randomised(nn.LayerNorm(4, bias=False)), (6, 4)),
+    "rms norm": (lambda: randomised(nn.RMSNorm(4)), (6, 4)),
+    "group norm": (lambda: randomised(nn.GroupNorm(2, 4)), (4, 3, 2)),
+    "group norm of vectors": (lambda: randomised(nn.GroupNorm(2, 6)), (6,)),
+    "batch norm 1d, eval": (lambda: randomised(nn.BatchNorm1d(4)).eval(), (4,)),
+    "batch norm 1d of sequences, eval": (lambda: randomised(nn.BatchNorm1d(4)).eval(), (4, 3)),
+    "batch norm 2d, eval": (lambda: randomised(nn.BatchNorm2d(3)).eval(), (3, 2, 4)),
+    "batch norm 3d, eval": (lambda: randomised(nn.BatchNorm3d(3)).eval(), (3, 2, 2, 3)),
+    "instance norm 1d": (lambda: randomised(nn.InstanceNorm1d(3, affine=True)), (3, 5)),
+    "instance norm 2d": (lambda: randomised(nn.InstanceNorm2d(3, affine=True)), (3, 2, 4)),
+    "instance norm 3d, eval": (
+        lambda: randomised(nn.InstanceNorm3d(3, affine=True, track_running_stats=True)).eval(), (3, 2, 2, 3)
+    ),
+    "Conv1D of transformers": (lambda: Conv1D(3, 4), (6, 4)),
+}  # fmt: skip
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS.keys())
 
 
@@ -119,12 +170,14 @@ def test_directional_is_the_inner_product_with_per_example_gradients(
     V = [torch.randn_like(p) for p in layer.parameters]
     u = record.directional(layer, V)
     assert u is not None
-    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "0"), block_of(V))
+    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "0"), stacked(layer, V))
     assert_equal(u, expected.unsqueeze(0))
 
 
-def block_of(tensors: list[Tensor]) -> Tensor:
-    return block(tensors[0].unsqueeze(0), tensors[1].unsqueeze(0) if len(tensors) == 2 else None).squeeze(0)
+def stacked(layer: Layer, tensors: list[Tensor]) -> Tensor:
+    """The block (out, in), groups one above the other."""
+    weight, *bias = (tensor.unsqueeze(0) for tensor in tensors)
+    return block_of(layer.module, weight, bias[0] if bias else None).squeeze(0)
 
 
 @every_layer
@@ -136,7 +189,7 @@ def test_pack_and_unpack_are_inverse_and_put_the_bias_last(
     tensors = [torch.randn_like(p) for p in layer.parameters]
     packed = layer.pack(tensors)
     assert packed.shape == layer.shape
-    assert torch.equal(packed.reshape(-1, packed.shape[-1]), block_of(tensors))
+    assert torch.equal(packed.reshape(-1, packed.shape[-1]), stacked(layer, tensors))
     for back, tensor in zip(layer.unpack(packed), tensors, strict=True):
         assert torch.equal(back, tensor)
 
@@ -148,15 +201,23 @@ def test_inputs_times_the_block_are_the_outputs(make: Callable[[], nn.Module], s
     layer = cover(module).layers[""]
     weights = [p.detach() for p in layer.parameters]
     with torch.no_grad():
-        s = layer.adapter.inputs(module, x) @ layer.pack(weights).mT.unsqueeze(-3)
+        read = layer.read((x,), {})
+        s = layer.adapter.inputs(module, read) @ layer.pack(weights).mT.unsqueeze(-3)
         assert_equal(s, layer.adapter.outputs(module, module(x)), 1e-12)
-        assert torch.equal(layer.adapter.forward(module, weights, x), module(x))
+        assert_equal(layer.adapter.forward(module, weights, read), module(x), 1e-14)
 
 
 @pytest.mark.parametrize(
     ("module", "shape"),
-    [(nn.Linear(4, 3), (4,)), (nn.Conv1d(2, 3, 3), (2, 7)), (nn.Conv2d(2, 3, 2, groups=1), (2, 4, 4))],
-    ids=["linear", "conv1d", "conv2d"],
+    [
+        (nn.Linear(4, 3), (4,)),
+        (nn.Conv1d(2, 3, 3), (2, 7)),
+        (nn.Conv2d(2, 3, 2, groups=1), (2, 4, 4)),
+        (nn.ConvTranspose2d(2, 3, 2, stride=2), (2, 2, 3)),
+        (nn.LayerNorm((2, 3)), (2, 3)),
+        (nn.InstanceNorm1d(2, affine=True), (2, 5)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_an_unbatched_input_is_a_batch_of_one(module: nn.Module, shape: tuple[int, ...]) -> None:
     module = module.double()
@@ -212,7 +273,7 @@ def test_a_layer_called_several_times_adds_up_its_calls() -> None:
     V = [torch.randn_like(p) for p in layer.parameters]
     u = record.directional(layer, V)
     assert u is not None
-    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "cell"), block_of(V))
+    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "cell"), stacked(layer, V))
     assert_equal(u, expected.unsqueeze(0))
 
 
@@ -300,10 +361,10 @@ def test_subclasses_that_keep_forward_are_covered_and_others_are_not() -> None:
 
 
 def test_every_parameter_is_covered_or_has_a_reason() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Embedding(3, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.ConvTranspose1d(4, 4, 1), nn.Embedding(3, 4))
     model[2].weight = model[0].weight
     coverage = cover(model)
-    assert coverage.layers == {}
+    assert list(coverage.layers) == ["3"]
     assert coverage.uncovered["0.weight"] == "one parameter in several places: 0.weight, 2.weight"
-    assert coverage.uncovered["1.bias"] == "no adapter for LayerNorm"
-    assert set(coverage.uncovered) == {name for name, _ in model.named_parameters()}
+    assert coverage.uncovered["1.weight"] == "no adapter for PReLU"
+    assert set(coverage.uncovered) == {name for name, _ in model.named_parameters()} - {"3.weight"}

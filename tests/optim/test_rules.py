@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import FOUR, backward, batch, network, noise, optimizer_of, same, train, values
+from training import FOUR, OwnNorm, backward, batch, network, noise, optimizer_of, same, train, values
 
 from natgrad import Automatic, Constant, ExactFisher, ExactQuadraticModel, Gaussian, KLLimit, NaturalGradient
 from oracles import assert_equal
@@ -46,7 +46,7 @@ def test_the_jacobian_products_of_a_model_with_dropout_use_none_of_the_users_ran
 def test_a_model_without_a_coverable_layer_is_trained_by_adamw_bit_for_bit() -> None:
     def model_of() -> nn.Module:
         torch.manual_seed(1)
-        return nn.Sequential(nn.LayerNorm(5), nn.Tanh(), nn.PReLU(5))
+        return nn.Sequential(OwnNorm(5), nn.Tanh(), nn.PReLU(5))
 
     model, reference = model_of(), model_of()
     optimizer = optimizer_of(model, adamw=ADAMW)
@@ -292,7 +292,7 @@ def test_print_names_every_layer_every_uncovered_parameter_with_its_reason_and_t
         rows = {line.split()[0]: line for line in repr(optimizer).splitlines() if line}
         assert "6 x 6" in rows["0"]
         assert ("Kronecker" in rows["0"]) == (steps > 0)
-        assert "no adapter for LayerNorm" in rows["2.weight"] and "no adapter for LayerNorm" in rows["2.bias"]
+        assert "no adapter for OwnNorm" in rows["2.weight"] and "no adapter for OwnNorm" in rows["2.bias"]
         assert "excluded" in rows["3.weight"] and "excluded" in rows["3.bias"]
         assert "52.2 % of 69 trained parameters" in repr(optimizer)
 
@@ -309,3 +309,15 @@ def test_statistics_are_finite_floats_at_every_step(make: Any) -> None:
         assert all(torch.isfinite(torch.tensor(value)) for value in seen.values())
         assert {"steps", "skipped", "damping", "gradient_norm", "direction_norm", "retries", "failures"} <= set(seen)
     assert {"alpha", "mu", "kl", "ratio", "refresh_seconds"} <= set(optimizer.statistics())
+
+
+@pytest.mark.parametrize("make", FOUR)
+def test_a_checkpoint_shares_its_memory_with_what_the_optimizer_steps_with(make: Any) -> None:
+    model = network()
+    optimizer = optimizer_of(model, make())
+    train(model, optimizer, BATCHES)
+    for name, curvature in optimizer._now.items():
+        kept = optimizer.state[optimizer.layers[name].parameters[0]]
+        for key, value in curvature.state().items():
+            if isinstance(value, Tensor):
+                assert kept[key].data_ptr() == value.data_ptr(), key

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import Batch, batch, copy_of, network, noise, same, through_a_file, values
+from training import Batch, OwnNorm, batch, copy_of, network, noise, same, through_a_file, values
 
 from natgrad import (
     EKFAC,
@@ -74,7 +74,7 @@ every_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 
 
 def per_example(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    norms = [p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
+    norms = [p for module in model.modules() if isinstance(module, OwnNorm) for p in module.parameters()]
     training = model.training
     for p in norms:
         p.requires_grad_(False)
@@ -308,7 +308,7 @@ def test_uncovered_parameters_follow_adamw_and_so_do_layers_that_the_first_phase
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.first, self.norm, self.late = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+            self.first, self.norm, self.late = nn.Linear(5, 6), OwnNorm(6), nn.Linear(6, 3)
             self.both = False
 
         def forward(self, x: Tensor) -> Tensor:

@@ -16,10 +16,17 @@ FOUR = [KFAC, EKFAC, TKFAC, TEKFAC]
 Batch = tuple[Tensor, Tensor]
 
 
+class OwnNorm(nn.LayerNorm):
+    """A norm that has no adapter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
 def network(seed: int = 3) -> nn.Sequential:
     """Two covered layers (``0``, ``3``) and a norm that AdamW trains (``2``)."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3))
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), OwnNorm(6), nn.Linear(6, 3))
 
 
 def batch(seed: int = 0, n: int = 8) -> Batch:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from natgrad.capture import Capture, Weights
+from natgrad.capture import Capture, Kind, Weights
 from natgrad.fishers.statistics import Stats, pool
 from natgrad.matrix import LinearMap, Matrix, NetworkMap
 
@@ -25,6 +25,11 @@ class Approximation(ABC):
 
     observe_every: ClassVar[int] = 4
     refresh_every: ClassVar[int] = 10
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether its matrix has a factor for the outputs, and for the inputs, that is diagonal where it must be."""
+        return False, False
 
     @abstractmethod
     def observe(self, seen: Capture) -> Stats:
@@ -71,6 +76,16 @@ class Approximation(ABC):
     def keeps(self) -> bool:
         """Whether training keeps the matrix, to correct it or as ``previous``, and not its inverse alone."""
         return self.corrects
+
+    def sided(self, kind: Kind) -> Approximation | None:
+        """What a layer of a ``kind`` other than plain gets: itself, if it reads what a side that is diagonal gives.
+
+        ``"wide"``: a side is too wide for a covariance, which ``moment_a`` and ``moment_g`` of the capture heed;
+        ``"tokens"``: inputs are sparse as well, and must not be read as ``a``; ``"mixed"``: tokens, and another use of
+        the same weight the other way round, so that only products of ``a`` and ``g`` have a scale. ``None``, the
+        default, is for KFAC.
+        """
+        return None
 
     def check(self, name: str, shape: torch.Size) -> None:
         """Raise ``ValueError`` if a layer of block shape (*groups, out, in) is too much for this approximation."""

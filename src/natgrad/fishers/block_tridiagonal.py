@@ -30,8 +30,9 @@ class BlockTridiagonal(Coupled):
 
     It is the one matrix with these blocks on the three diagonals and a block-tridiagonal inverse. Damping is KFAC's, on
     the factors A_ii and G_ii wherever they occur. Two layers are joined if they follow each other in the order of the
-    model, use their weights once an example and saw the same examples; elsewhere (convolutions, sequences, a layer that
-    was left out) it is KFAC, with Sigma_i = F_ii. A layer that M lacks counts as one of gradient 0.
+    model, norms left aside, use their weights once an example and saw the same examples; elsewhere (norms,
+    convolutions, sequences, a layer that was left out) it is KFAC, with Sigma_i = F_ii. A layer that M lacks counts as
+    one of gradient 0.
 
     Cost: KFAC's; 2 n (in_i in_j + out_i out_j) an observation; about 12 to 30 (in^3 + out^3) a refresh (``eigh``);
     four products of 2 out in (out + in) a step for KFAC's one; memory four times KFAC's. Raises ``FactorisationError``,
@@ -54,7 +55,7 @@ class BlockTridiagonal(Coupled):
     def observe_together(self, seen: Mapping[str, Sequence[Capture]]) -> dict[str, Stats]:
         """KFAC's covariances, those of the next layer, and those between the two."""
         stats: dict[str, Stats] = {name: pool(map(self.observe, captures)) for name, captures in seen.items()}
-        for name, after in pairwise(seen):
+        for name, after in pairwise(name for name in seen if not _featurewise(seen[name])):
             if _linked(seen[name], seen[after]):
                 between = pool(_between(one, other) for one, other in zip(seen[name], seen[after], strict=True))
                 stats[name] = {**stats[name], **between}
@@ -150,7 +151,8 @@ class TridiagonalMap:
         if like is None:
             return {}
         full = {name: M[name] if name in M else like.new_zeros(link.shape) for name, link in self.links.items()}
-        pairs = [(i, j) for i, j in pairwise(self.links) if self.links[i].following == self.links[j].shape]
+        chain = [name for name, link in self.links.items() if len(link.shape) == 2]
+        pairs = [(i, j) for i, j in pairwise(chain) if self.links[i].following == self.links[j].shape]
         D = dict(full)
         for i, j in pairs:
             D[i] = full[i] - self.links[i].psi(full[j])
@@ -159,6 +161,11 @@ class TridiagonalMap:
         for i, j in pairs:
             D[j] = D[j] - self.links[i].psi_transposed(weighted[i])
         return {name: D[name] for name in M}
+
+
+def _featurewise(seen: Sequence[Capture]) -> bool:
+    """Whether a layer is groups that are used once an example, as a norm is."""
+    return any(capture.a.ndim > 3 and not capture.shared for capture in seen)
 
 
 def _linked(seen: Sequence[Capture], after: Sequence[Capture]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natgrad import matrix
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
 from natgrad.fishers.statistics import Mean, Stats
 
@@ -21,6 +21,10 @@ class Diagonal(Approximation):
     def observe(self, seen: Capture) -> Stats:
         """sum_n DW_n^2."""
         return {"f": Mean(seen.second_moment(), seen.count)}
+
+    def sided(self, kind: Kind) -> Approximation:
+        """Itself."""
+        return self
 
     def assemble(self, stats: Stats, previous: matrix.Matrix | None = None) -> matrix.Diagonal:
         """diag(f)."""

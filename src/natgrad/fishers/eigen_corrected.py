@@ -12,10 +12,11 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
+from natgrad.fishers.sided import for_layer
 from natgrad.fishers.statistics import Mean, Stats, pool
-from natgrad.matrix import Factored, LinearMap, Matrix, Spectral, Tikhonov
+from natgrad.matrix import Factored, LinearMap, Matrix, Spectral, Tikhonov, factor
 from natgrad.matrix.damping import SpectralRule
 
 
@@ -87,11 +88,23 @@ class EigenCorrected(Approximation):
         assert isinstance(matrix, Spectral)
         return replace(matrix, rule=self.rule or Factored()).inverse(damping)
 
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Those of ``base``."""
+        return self.base.sides
+
+    def sided(self, kind: Kind) -> Approximation:
+        """In the eigenbasis of what ``base`` has for such a layer; that of a diagonal side is the identity."""
+        return replace(self, base=for_layer(self.base, kind))
+
     def check(self, name: str, shape: torch.Size) -> None:
         """What ``base`` refuses."""
         self.base.check(name, shape)
 
 
 def _rotated(old: Spectral, new: Spectral) -> Tensor:
-    R_G, R_A = new.left.mT @ old.left, new.right.mT @ old.right
-    return R_G.square() @ old.values @ R_A.square().mT
+    R_G, R_A = (
+        factor.product(factor.transposed(Q), old_Q).square()
+        for Q, old_Q in ((new.left, old.left), (new.right, old.right))
+    )
+    return factor.times_right(factor.left_times(R_G, old.values), factor.transposed(R_A))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
 from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Dense, Matrix
@@ -30,6 +30,10 @@ class ExactFisher(Approximation):
         block = (seen.g.shape[-1], seen.a.shape[-1])
         total = torch.stack([U.mT @ U for U in rows]).sum(0)
         return {"F": Mean(total.unflatten(-1, block).unflatten(-3, block), seen.count)}
+
+    def sided(self, kind: Kind) -> Approximation:
+        """Itself, up to its ``limit``."""
+        return self
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Dense:
         """F."""

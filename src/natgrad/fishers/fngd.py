@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natgrad.capture import Capture, Examples, Weights
-from natgrad.fishers.base import Weighted
+from natgrad.capture import Capture, Examples, Kind, Weights
+from natgrad.fishers.base import Approximation, Weighted
 from natgrad.fishers.statistics import Samples, Stats, as_capture, as_samples
 from natgrad.matrix import Diagonal, LinearMap, Matrix
 from natgrad.matrix.factorise import shifted
@@ -103,14 +103,14 @@ class FNGD(Weighted):
         blocks = {name: _block(as_capture(stats[name])) if self.share == "shape" else () for name in reached}
         K: dict[tuple[int, ...], Tensor] = {}
         for name, block in blocks.items():
-            own = _gram(as_capture(stats[name]))
+            own = as_capture(stats[name]).joint_gram()
             K[block] = K[block] + own if block in K else own
         return {name: {**stats[name], "K": Samples(K[block])} for name, block in blocks.items()}
 
     def merge(self, old: Stats | None, new: Stats, decay: float) -> Stats:
         """``w`` = N c of this batch; a table of the sums of w (``total``) and the number of examples (``seen``)."""
         examples = as_capture(new)
-        w, alive = self._solve(new["K"].value if "K" in new else _gram(examples))
+        w, alive = self._solve(new["K"].value if "K" in new else examples.joint_gram())
         row, slots, width = self._slots(new, examples)
         kept = {}
         for name, value in (("total", w), ("seen", alive.expand_as(w))):
@@ -155,6 +155,10 @@ class FNGD(Weighted):
 
     # After it.
 
+    def sided(self, kind: Kind) -> Approximation | None:
+        """Itself, which forms no covariance, but not for tokens."""
+        return self if kind == "wide" else None
+
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Diagonal:
         """I / (N mean c)."""
         return Diagonal(self.scale(stats).reciprocal().expand(stats["scale"].value.shape))
@@ -186,12 +190,6 @@ class FNGD(Weighted):
             return row[_quantiles(g.flatten(1).square().sum(1))]
         w = row[min(which.start, last) : min(which.start + n, last)]
         return w if len(w) == n else F.pad(w, (0, n - len(w)), value=1.0)
-
-
-def _gram(examples: Capture) -> Tensor:
-    """K (n, n), summed over groups."""
-    n = examples.a.shape[-3]
-    return examples.gram().reshape(-1, n, n).sum(0)
 
 
 def _block(examples: Capture) -> tuple[int, ...]:

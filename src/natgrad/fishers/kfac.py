@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
 from natgrad.fishers.statistics import Mean, Stats
+from natgrad.fishers.tkfac import TKFAC
 from natgrad.matrix import Factored, Kronecker, Matrix
 from natgrad.matrix.damping import KroneckerRule
 
@@ -27,8 +28,16 @@ class KFAC(Approximation):
 
     def observe(self, seen: Capture) -> Stats:
         """Both covariances."""
-        a, g = seen.flat_a, seen.flat_g
-        return {"A": Mean(a.mT @ a, seen.rows), "G": Mean(g.mT @ g, seen.count)}
+        return {"A": Mean(seen.moment_a(), seen.rows), "G": Mean(seen.moment_g(), seen.count)}
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Both."""
+        return True, True
+
+    def sided(self, kind: Kind) -> Approximation:
+        """With A or G diagonal; for uses of both roles, whose a and g have no common scale, as TKFAC."""
+        return TKFAC(self.rule) if kind == "mixed" else self
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Kronecker:
         """G kron A."""

@@ -32,6 +32,7 @@ class Lanczos(Singular):
     restarts: int = 20
     guard: Guard = Clamp()
 
+    observe_every: ClassVar[int] = 20  # an observation is many products
     refresh_every: ClassVar[int] = 20  # two eigh
 
     def __post_init__(self) -> None:

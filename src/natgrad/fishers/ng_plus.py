@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
 from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Matrix, OneSided
@@ -31,6 +31,10 @@ class NGPlus(Approximation):
         other = seen.a if left else seen.g
         moment = Mean(_moment(seen, left), seen.count)
         return {"L" if left else "P": moment, "other": Mean(other.new_zeros((*other.shape[:-3], other.shape[-1])))}
+
+    def sided(self, kind: Kind) -> Approximation | None:
+        """Itself by the side that is not wide, but not for tokens."""
+        return self if kind == "wide" else None
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> OneSided:
         """L kron I or I kron P."""

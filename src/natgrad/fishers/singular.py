@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
+from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.rearrangement import Pair, Rearrangement, unit
 from natgrad.fishers.statistics import Mean, Stats, as_capture, as_samples
 from natgrad.fishers.triples import average, power, stream
@@ -37,6 +38,10 @@ class Singular(Approximation):
     def observe(self, seen: Capture) -> Stats:
         """The examples."""
         return as_samples(seen)
+
+    def sided(self, kind: Kind) -> Approximation:
+        """KFAC with the same damping."""
+        return KFAC(self.rule).sided(kind)
 
     def rearranged(self, new: Stats) -> Rearrangement:
         """Z of the observed examples."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
 from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Matrix, OneSided
@@ -33,10 +33,19 @@ class SNGD(Approximation):
 
     def observe(self, seen: Capture) -> Stats:
         """A, and a tensor (*groups, out) that hands on the number of outputs."""
-        a, g = seen.flat_a, seen.g
-        return {"A": Mean(a.mT @ a, seen.rows), "outputs": Mean(g.new_zeros((*g.shape[:-3], g.shape[-1])))}
+        g = seen.g
+        return {"A": Mean(seen.moment_a(), seen.rows), "outputs": Mean(g.new_zeros((*g.shape[:-3], g.shape[-1])))}
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """The inputs."""
+        return False, True
+
+    def sided(self, kind: Kind) -> Approximation | None:
+        """With A diagonal; it has no form for inputs that are the gradients of another use."""
+        return None if kind == "mixed" else self
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> OneSided:
         """I kron A."""
         A = stats["A"].value
-        return OneSided(A, (stats["outputs"].value.shape[-1], A.shape[-1]), eps=self.eps)
+        return OneSided(A, (stats["outputs"].value.shape[-1], A.shape[-2]), eps=self.eps)

@@ -58,6 +58,8 @@ class Mean(Statistic):
         """total / weight; 0 where the weight is 0."""
         if isinstance(self.weight, Tensor):
             return self.total / self.weight.clamp(min=torch.finfo(self.total.dtype).tiny)
+        if self.weight == 1:
+            return self.total  # over time: itself, and not a copy
         return self.total / self.weight if self.weight else torch.zeros_like(self.total)
 
     def pool(self, other: Mean) -> Mean:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
 from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Kronecker, Matrix, Unit
@@ -29,13 +29,21 @@ class TKFAC(Approximation):
 
     def observe(self, seen: Capture) -> Stats:
         """P, S and d."""
-        a, g = seen.flat_a, seen.flat_g
-        norm_a, norm_g = a.square().sum(-1, keepdim=True), g.square().sum(-1, keepdim=True)
+        norm_a, norm_g = seen.norm_a, seen.norm_g
         return {
-            "P": Mean((a * norm_g).mT @ a, seen.count),
-            "S": Mean((g * norm_a).mT @ g, seen.count),
+            "P": Mean(seen.moment_a(norm_g), seen.count),
+            "S": Mean(seen.moment_g(norm_a), seen.count),
             "d": Mean((norm_a * norm_g).sum((-2, -1)), seen.count),
         }
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Both."""
+        return True, True
+
+    def sided(self, kind: Kind) -> Approximation:
+        """Itself; the partial traces of a diagonal side are diagonals."""
+        return TKFAC(self.rule)
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Kronecker:
         """S/sqrt(d) kron P/sqrt(d)."""

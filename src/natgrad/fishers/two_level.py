@@ -9,10 +9,11 @@ from typing import get_args
 
 import torch
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation, Coupled, Part
 from natgrad.fishers.coarse import CoarseLevel, Form, Nicolaides
 from natgrad.fishers.kfac import KFAC
+from natgrad.fishers.sided import for_layer
 from natgrad.fishers.statistics import Stats, pool
 from natgrad.matrix import LinearMap, Matrix, NetworkMap
 
@@ -96,6 +97,10 @@ class TwoLevel(Coupled):
         """The map of the class's description."""
         coarse = {name: replace(part, stats=_coarse(part.stats)) for name, part in parts.items()}
         return self.space.couple(coarse, self.form, self.omega)
+
+    def sided(self, kind: Kind) -> Approximation:
+        """What ``base`` has for such a layer, which then stays out of the coarse level."""
+        return for_layer(self.base, kind)
 
     def check(self, name: str, shape: torch.Size) -> None:
         """What ``base`` refuses."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
+from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.statistics import Mean, Stats
 from natgrad.matrix import Matrix, Rows
 from natgrad.matrix.base import check_damping
@@ -39,6 +40,10 @@ class UnitWise(Approximation):
         """sum_n DW_nj DW_nj^T for every row j."""
         parts = [torch.einsum("...noi,...nok->...oik", DW, DW) for DW in seen.weight_gradients()]
         return {"R": Mean(torch.stack(parts).sum(0), seen.count)}
+
+    def sided(self, kind: Kind) -> Approximation:
+        """The diagonal."""
+        return Diagonal()
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> Rows:
         """diag(R)."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from natgrad.capture import Capture
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation, Coupled, Part
 from natgrad.fishers.statistics import Samples, Statistic, Stats, as_capture, as_samples, pool
 from natgrad.matrix import JointInverse, LinearMap, LowRank, Matrix, NetworkMap
@@ -25,13 +25,15 @@ class Woodbury(Approximation):
 
     Cost: n^2 (in + out) + n^3 / 3 flops a refresh (if the weight is shared t^2 times the first, or (n^2 + n t) in out
     where that is less), 4 n t in out a step; memory n t (in + out) + n^2. ``n`` counts draws, or outputs of the exact
-    estimator, times examples. Factor and products are in float64, see :class:`~natgrad.matrix.LowRank`.
+    estimator, times examples. A block of fewer weights than that, as of a norm, is kept as out in examples with the
+    same F. Factor and products are in float64, see :class:`~natgrad.matrix.LowRank`.
 
     Raises ``ValueError`` for a ``window`` that is not a whole number of at least 1. Reference: Ren and Goldfarb, arXiv
     1906.02353.
     """
 
     window: int = 1
+    observe_every: ClassVar[int] = 1  # F of other examples than those of M has little to say
     refresh_every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -39,8 +41,8 @@ class Woodbury(Approximation):
             raise ValueError(f"window must be a whole number of at least 1, got {self.window!r}")
 
     def observe(self, seen: Capture) -> Stats:
-        """The examples themselves."""
-        return as_samples(seen)
+        """The examples themselves; of more of them than weights, as many with the same F."""
+        return as_samples(_compressed(seen) if seen.a.shape[-3] > seen.a.shape[-1] * seen.g.shape[-1] else seen)
 
     def merge(self, old: Stats | None, new: Stats, decay: float) -> Stats:
         """The new examples, and those of the ``window`` - 1 observations before, each one older."""
@@ -49,6 +51,10 @@ class Woodbury(Approximation):
             for name, statistic in new.items():
                 kept[_aged(name, age)] = Samples(_zero(statistic.value)) if old is None else old[_aged(name, age - 1)]
         return kept
+
+    def sided(self, kind: Kind) -> Approximation | None:
+        """Itself, which forms no covariance, but not for tokens."""
+        return self if kind == "wide" else None
 
     def assemble(self, stats: Stats, previous: Matrix | None = None) -> LowRank:
         """The Fisher of all the examples kept, every loss term weighing the same."""
@@ -111,6 +117,15 @@ class _Groups:
     def __matmul__(self, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
         D = {name: block for group in self.maps for name, block in (group @ M).items()}
         return {name: D[name] for name in M}
+
+
+def _compressed(seen: Capture) -> Capture:
+    """out in examples whose gradients are the rows of R, for the U = Q R of all: U^T U = R^T R."""
+    out, width = seen.g.shape[-1], seen.a.shape[-1]
+    R = torch.linalg.qr(torch.cat(list(seen.weight_gradients()), -3).flatten(-2), mode="r").R
+    a = R.unflatten(-1, (out, width))  # (*groups, out in, out, in): position o has the gradient of row o
+    g = torch.eye(out, dtype=a.dtype, device=a.device).expand(*a.shape[:-1], out)
+    return Capture(a, g, seen.count, seen.rows, seen.examples)
 
 
 def _zero(examples: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natgrad.layers.base import Adapter
 from natgrad.layers.functional import Exposed, LinearPart, Rule
 from natgrad.layers.linear import SequenceLinear
+from natgrad.layers.norm import SequenceNorm
 
 
 def attention_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
@@ -29,13 +31,26 @@ def attention_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]
     return {**parts, "out_proj": (module.out_proj, LinearPart("weight", "bias", width))}
 
 
-def sequence_parts(module: nn.Module) -> dict[str, tuple[nn.Module, SequenceLinear]]:
-    """The dense layers of torch's Transformer layers, called on sequences as its attention is."""
-    if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+def sequence_parts(module: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
+    """The dense layers and norms of torch's Transformer, called on sequences as its attention is."""
+    blocks: Any = [module]
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        blocks = [block for block in module.layers if isinstance(block, _BLOCKS)]
+    if not blocks or not isinstance(blocks[0], _BLOCKS):
         return {}
-    dense = {name: getattr(module, name) for name in ("linear1", "linear2")}
-    reader = SequenceLinear(module.self_attn.batch_first)
-    return {name: (inner, reader) for name, inner in dense.items() if type(inner).forward is nn.Linear.forward}
+    batch_first = blocks[0].self_attn.batch_first
+    dense, norm = SequenceLinear(batch_first), SequenceNorm(batch_first)
+    inner = {name: getattr(module, name, None) for name in ("linear1", "linear2", "norm", "norm1", "norm2", "norm3")}
+    parts: dict[str, tuple[nn.Module, Adapter]] = {}
+    for name, part in inner.items():
+        if isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward:
+            parts[name] = part, dense
+        elif isinstance(part, nn.LayerNorm) and type(part).forward is nn.LayerNorm.forward:
+            parts[name] = part, norm
+    return parts
+
+
+_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @torch.compiler.disable  # it cannot follow functions made at run time

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from natgrad.matrix import factor
 from natgrad.matrix.base import LinearMap
 
 
@@ -15,7 +16,8 @@ class Congruence(LinearMap):
     """K diag(s) K^T with K = K_2 kron K_1, which acts as ``M -> K_2 ((K_2^T M K_1) * s) K_1^T``.
 
     ``left`` is K_2 (*groups, out, out), ``right`` is K_1 (*groups, in, in), neither need be orthogonal; ``values`` is s
-    (*groups, out, in). Positive definite where s > 0 and K is regular. A product costs 4 out in (out + in) flops.
+    (*groups, out, in). A diagonal side is a column (..., out, 1) or (..., in, 1). Positive definite where s > 0 and K
+    is regular. A product costs 4 out in (out + in) flops, where a diagonal side counts 1/2.
     """
 
     left: Tensor
@@ -29,11 +31,13 @@ class Congruence(LinearMap):
 
     def __matmul__(self, M: Tensor) -> Tensor:
         """K_2 ((K_2^T M K_1) * s) K_1^T."""
-        inner = self.left.mT @ M.to(self.left.dtype) @ self.right
-        return (self.left @ (inner * self.values) @ self.right.mT).to(M.dtype)
+        inner = factor.times_right(factor.left_times(factor.transposed(self.left), M.to(self.left.dtype)), self.right)
+        outer = factor.left_times(self.left, inner * self.values)
+        return factor.times_right(outer, factor.transposed(self.right)).to(M.dtype)
 
     def dense(self) -> Tensor:
         """K diag(s) K^T."""
         size = self.shape[-1] * self.shape[-2]
-        K = torch.einsum("...op,...ij->...oipj", self.left, self.right).reshape(*self.shape[:-2], size, size)
+        K_2, K_1 = factor.full(self.left), factor.full(self.right)
+        K = torch.einsum("...op,...ij->...oipj", K_2, K_1).reshape(*self.shape[:-2], size, size)
         return (K * self.values.flatten(-2).unsqueeze(-2)) @ K.mT

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from natgrad.matrix import factor
 from natgrad.matrix.base import LinearMap, check_damping
-from natgrad.matrix.factorise import cholesky_inverse
 
 if TYPE_CHECKING:
     from natgrad.matrix.kronecker import Kronecker
@@ -84,7 +84,9 @@ class Factored:
 
     def ratio(self, matrix: Kronecker | KroneckerSum) -> Tensor:
         """pi, of shape (*groups): the choice that minimises the trace norm of the two cross terms."""
-        pi = _mean_eigenvalue(matrix.right).sqrt() / _mean_eigenvalue(matrix.left).sqrt()  # the ratio may overflow
+        pi = (
+            factor.mean_eigenvalue(matrix.right).sqrt() / factor.mean_eigenvalue(matrix.left).sqrt()
+        )  # the ratio may overflow
         return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
 
 
@@ -115,7 +117,7 @@ class Ridge:
     def shifts(self, matrix: Kronecker | KroneckerSum, damping: float) -> tuple[Tensor, Tensor]:
         """lambda tr(G) and lambda tr(A)."""
         check_damping(damping)
-        left, right = (X.shape[-1] * _mean_eigenvalue(X) for X in (matrix.left, matrix.right))
+        left, right = (X.shape[-2] * factor.mean_eigenvalue(X) for X in (matrix.left, matrix.right))
         return damping * left.clamp(min=self.floor), damping * right.clamp(min=self.floor)
 
 
@@ -137,9 +139,5 @@ class Relative:
 
 
 def _invert(matrix: Kronecker, shifts: tuple[Tensor, Tensor]) -> Kronecker:
-    left, right = (cholesky_inverse(*pair) for pair in zip((matrix.left, matrix.right), shifts, strict=True))
+    left, right = (factor.inverse(*pair) for pair in zip((matrix.left, matrix.right), shifts, strict=True))
     return type(matrix)(left, right, rule=matrix.rule)
-
-
-def _mean_eigenvalue(X: Tensor) -> Tensor:
-    return X.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from natgrad.matrix import factor
 from natgrad.matrix.base import Matrix
 from natgrad.matrix.damping import Factored, KroneckerRule
-from natgrad.matrix.factorise import eigh
 from natgrad.matrix.spectral import Spectral
 
 
@@ -19,7 +19,8 @@ class Kronecker(Matrix):
     """G kron A, which acts as ``M -> G M A`` (both factors symmetric).
 
     ``left`` is G (*groups, out, out), ``right`` is A (*groups, in, in), ``rule`` the damping of :meth:`inverse`.
-    A product costs 2 out in (out + in) flops.
+    Either may be diagonal, as a column (..., out, 1) or (..., in, 1): inverse and eigenbasis then are too. A product
+    costs 2 out in (out + in) flops, where a diagonal side counts 1/2.
     """
 
     left: Tensor
@@ -29,16 +30,17 @@ class Kronecker(Matrix):
     @property
     def shape(self) -> torch.Size:
         """(*groups, out, in)."""
-        return torch.Size((*self.left.shape[:-1], self.right.shape[-1]))
+        return torch.Size((*self.left.shape[:-1], self.right.shape[-2]))
 
     def __matmul__(self, M: Tensor) -> Tensor:
         """G M A."""
-        return (self.left @ M.to(self.left.dtype) @ self.right).to(M.dtype)
+        return factor.times_right(factor.left_times(self.left, M.to(self.left.dtype)), self.right).to(M.dtype)
 
     def dense(self) -> Tensor:
         """kron(G, A)."""
         size = self.shape[-1] * self.shape[-2]
-        return torch.einsum("...op,...ij->...oipj", self.left, self.right).reshape(*self.shape[:-2], size, size)
+        G, A = factor.full(self.left), factor.full(self.right)
+        return torch.einsum("...op,...ij->...oipj", G, A).reshape(*self.shape[:-2], size, size)
 
     def inverse(self, damping: float) -> Kronecker | Spectral:
         """The inverse under ``rule``; by default sqrt(damping) on each factor, balanced by their traces."""
@@ -46,7 +48,7 @@ class Kronecker(Matrix):
 
     def trace(self) -> Tensor:
         """tr(G) tr(A)."""
-        return _trace(self.left) * _trace(self.right)
+        return factor.trace(self.left) * factor.trace(self.right)
 
     def norm(self) -> Tensor:
         """|G| |A|."""
@@ -58,9 +60,5 @@ class Kronecker(Matrix):
 
     @cached_property
     def _spectral(self) -> Spectral:
-        (g, Q_G), (a, Q_A) = eigh(self.left), eigh(self.right)
+        (g, Q_G), (a, Q_A) = factor.spectrum(self.left), factor.spectrum(self.right)
         return Spectral(Q_G, Q_A, g.unsqueeze(-1) * a.unsqueeze(-2))
-
-
-def _trace(X: Tensor) -> Tensor:
-    return X.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -121,8 +121,7 @@ class JointInverse:
     @classmethod
     def of(cls, layers: Mapping[str, LowRank], damping: float) -> Self:
         """The inverse for layers that saw the same examples: n^2 sum (in + out) + n^3 / 3 flops if t = 1."""
-        grams = [layer.gram() for layer in layers.values()]
-        K = torch.stack([K.reshape(-1, *K.shape[-2:]).sum(0) for K in grams]).sum(0)
+        K = torch.stack([layer.seen.to(torch.float64).joint_gram() for layer in layers.values()]).sum(0)
         return cls(layers, *_factorised(K, next(iter(layers.values())), damping))
 
     def __matmul__(self, M: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.matrix.base import Matrix, check_damping
-from natgrad.matrix.factorise import cholesky_inverse
+from natgrad.matrix.factor import full, inverse, left_times, times_right, trace
 from natgrad.matrix.kronecker import Kronecker
 from natgrad.matrix.spectral import Spectral
 
@@ -19,7 +19,8 @@ class OneSided(Matrix):
     """I kron X, which acts as ``M -> M X`` (side ``"right"``), or X kron I, ``M -> X M`` (``"left"``).
 
     ``factor`` is X (*groups, d, d) with d = in or out, ``block`` is (out, in). A product costs 2 out in d flops: the
-    identity is neither stored nor multiplied with. ``eps`` is a relative ridge that every inverse contains.
+    identity is neither stored nor multiplied with. A diagonal X is a column (..., d, 1). ``eps`` is a relative ridge
+    that every inverse contains.
     """
 
     factor: Tensor
@@ -35,35 +36,28 @@ class OneSided(Matrix):
     def __matmul__(self, M: Tensor) -> Tensor:
         """M X or X M."""
         wide = M.to(self.factor.dtype)
-        return (wide @ self.factor if self.side == "right" else self.factor @ wide).to(M.dtype)
+        return (times_right(wide, self.factor) if self.side == "right" else left_times(self.factor, wide)).to(M.dtype)
 
     def dense(self) -> Tensor:
         """kron(I, X) or kron(X, I)."""
         out, width = self.block
         eye = torch.eye(out if self.side == "right" else width, dtype=self.factor.dtype, device=self.factor.device)
         letters = "op,...ij->...oipj" if self.side == "right" else "ij,...op->...oipj"
-        return torch.einsum(letters, eye, self.factor).reshape(*self.shape[:-2], out * width, out * width)
+        return torch.einsum(letters, eye, full(self.factor)).reshape(*self.shape[:-2], out * width, out * width)
 
     def ridge(self, damping: float) -> Tensor:
         """eps tr X + damping, of shape (*groups)."""
-        return self.eps * _trace(self.factor) + check_damping(damping)
+        return self.eps * trace(self.factor) + check_damping(damping)
 
     def inverse(self, damping: float) -> OneSided:
         """(F + (eps tr X + damping) I)^-1, through one Cholesky factorisation of X: d^3 flops."""
-        return replace(self, factor=cholesky_inverse(self.factor, self.ridge(damping)), eps=0.0)
+        return replace(self, factor=inverse(self.factor, self.ridge(damping)), eps=0.0)
 
     def trace(self) -> Tensor:
         """out tr X or in tr X."""
-        return _trace(self.factor) * self.block[0 if self.side == "right" else 1]
+        return trace(self.factor) * self.block[0 if self.side == "right" else 1]
 
     def spectral(self) -> Spectral:
-        """The same matrix in an eigenbasis; the identity's is its own."""
-        size = self.block[0 if self.side == "right" else 1]
-        eye = torch.eye(size, dtype=self.factor.dtype, device=self.factor.device)
-        eye = eye.expand(*self.factor.shape[:-2], size, size)
-        pair = (eye, self.factor) if self.side == "right" else (self.factor, eye)
-        return Kronecker(*pair).spectral()
-
-
-def _trace(X: Tensor) -> Tensor:
-    return X.diagonal(dim1=-2, dim2=-1).sum(-1)
+        """The same matrix in an eigenbasis; the identity's is its own, a column of ones."""
+        one = self.factor.new_ones(*self.factor.shape[:-2], self.block[0 if self.side == "right" else 1], 1)
+        return Kronecker(*((one, self.factor) if self.side == "right" else (self.factor, one))).spectral()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from natgrad.matrix import factor
 from natgrad.matrix.base import Matrix, check_damping
 from natgrad.matrix.congruence import Congruence
 from natgrad.matrix.damping import SpectralRule, Tikhonov
@@ -18,7 +19,7 @@ class Spectral(Congruence, Matrix):
     """Q diag(s) Q^T with Q = Q_G kron Q_A, which acts as ``M -> Q_G ((Q_G^T M Q_A) * s) Q_A^T``.
 
     ``left`` is Q_G (*groups, out, out), ``right`` is Q_A (*groups, in, in), both orthogonal; ``values`` is s
-    (*groups, out, in). A product costs 4 out in (out + in) flops.
+    (*groups, out, in). The identity as a basis is a column of ones. A product costs 4 out in (out + in) flops.
     """
 
     rule: SpectralRule = Tikhonov()
@@ -53,7 +54,8 @@ class Spectral(Congruence, Matrix):
         noise = torch.randn(
             (draws, *self.shape), generator=generator, dtype=self.values.dtype, device=self.values.device
         )
-        return self.left @ (noise * self.values.sqrt()) @ self.right.mT
+        scaled = factor.left_times(self.left, noise * self.values.sqrt())
+        return factor.times_right(scaled, factor.transposed(self.right))
 
     def effective_rank(self) -> Tensor:
         """exp of the entropy of the normalised eigenvalues (Roy and Vetterli 2007), of shape (*groups)."""

@@ -1,5 +1,6 @@
 """The optimizer and its policies."""
 
+from natgrad.optim.coverage import coverage
 from natgrad.optim.damping import LevenbergMarquardt, TraceDamping
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.step_size import (
@@ -23,4 +24,5 @@ __all__ = [
     "QuadraticModel",
     "StepSize",
     "TraceDamping",
+    "coverage",
 ]

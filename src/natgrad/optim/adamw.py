@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ def adamw_step(parameters: Sequence[nn.Parameter], state: dict[Any, dict[str, An
     if not chosen:
         return
     for p in chosen:
-        if "exp_avg" not in state[p]:
-            state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        _begin(p, state)
 
     def gather(name: str) -> list[Tensor]:
         return [state[p][name] for p in chosen]
@@ -31,3 +30,21 @@ def adamw_step(parameters: Sequence[nn.Parameter], state: dict[Any, dict[str, An
         gather("exp_avg"), gather("exp_avg_sq"), [], gather("step"),
         amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **settings,
     )  # fmt: skip
+
+
+def adamw_direction(p: nn.Parameter, state: dict[Any, dict[str, Any]], group: Mapping[str, Any]) -> Tensor:
+    """What AdamW would take lr times, after counting the gradient in: m / (sqrt(v) + eps), without weight decay."""
+    assert p.grad is not None
+    _begin(p, state)
+    own, (beta1, beta2) = state[p], group["betas"]
+    own["step"] += 1
+    own["exp_avg"].lerp_(p.grad, 1 - beta1)
+    own["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+    step = float(own["step"])
+    root = (own["exp_avg_sq"] / (1 - beta2**step)).sqrt()
+    return own["exp_avg"] / (1 - beta1**step) / (root + group["eps"])
+
+
+def _begin(p: nn.Parameter, state: dict[Any, dict[str, Any]]) -> None:
+    if "exp_avg" not in state[p]:
+        state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

@@ -45,11 +45,7 @@ class LayerCurvature:
     @classmethod
     def empty(cls, approximation: Approximation, layer: Layer) -> Self:
         """A placeholder: what one example of zeros would give."""
-        weight = layer.parameters[0]
-        *groups, out, width = layer.shape
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        a, g = (torch.zeros((*groups, 1, 1, size), dtype=dtype, device=weight.device) for size in (width, out))
-        stats = approximation.merge(None, approximation.observe(Capture(a, g, 1.0, 1.0)), 0.0)
+        stats = approximation.merge(None, approximation.observe(layer.blank()), 0.0)
         matrix = approximation.assemble(stats)
         return cls(stats, matrix if approximation.keeps else None, approximation.invert(matrix, 1.0))
 

@@ -51,8 +51,12 @@ class Directions:
         return torch.stack([_inner(X, Y).sum() for X, Y in ((self.D, self.D), (self.D, self.P), (self.P, self.P))])
 
     def sampled_curvature(self) -> Tensor:
-        """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer."""
-        totals = [torch.stack(list(u.values())).sum(0) for u in self._responses if u]
+        """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.
+
+        Layers that saw another number of examples than the rest, such as an embedding of positions that all examples
+        share, are summed apart: as if they did not act together.
+        """
+        totals = [total for u in self._responses for total in _totals(u)]
         if not totals:
             return torch.zeros(3, device=self._device)
         return torch.stack([_pairs(u) for u in totals]).sum(0) / self._count
@@ -90,7 +94,7 @@ class Directions:
             (output, JD), (_, JP) = (self._jacobian_product(record, V) for V in (self.D, self.P))
             HD, HP = (self.labels.likelihood.hessian_product(output, J, record.targets) for J in (JD, JP))
             total = total + torch.stack([_dot(JD, HD), _dot(JD, HP), _dot(JP, HP)])
-            count = count + float(record.count(max(map(len, output)) if isinstance(output, tuple) else len(output)))
+            count = count + float(record.count())
         return total / count
 
     @cached_property
@@ -145,6 +149,14 @@ def _dot(x: Any, y: Any) -> Tensor:
     """The inner product of two outputs, or of two tuples of them."""
     pairs = zip(x, y, strict=True) if isinstance(x, tuple) else ((x, y),)
     return torch.stack([(a * b).sum() for a, b in pairs]).sum()
+
+
+def _totals(responses: Mapping[str, Tensor]) -> list[Tensor]:
+    """Sums over the layers that saw as many examples."""
+    sizes: dict[int, list[Tensor]] = {}
+    for u in responses.values():
+        sizes.setdefault(u.shape[-1], []).append(u)
+    return [torch.stack(alike).sum(0) for alike in sizes.values()]
 
 
 def _pairs(u: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from natgrad.capture import Capture, Weights
 from natgrad.engine import Record, Sharing
-from natgrad.fishers import Approximation, Coupled, Part, Stats, Weighted, pool
+from natgrad.fishers import Approximation, Coupled, Part, Stats, Weighted, for_layer, pool
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, NetworkMap
 from natgrad.matrix.kronecker_sum import KroneckerSumInverse
@@ -55,7 +55,10 @@ class State(Mapping[str, LayerCurvature]):
 
 @dataclass(frozen=True)
 class Layerwise:
-    """``approximation`` on every one of ``layers``. Its verbs are pure: state in, state out."""
+    """``approximation`` on every one of ``layers``, or what stands in for it on layers of a kind that is not plain.
+
+    Its verbs are pure: state in, state out.
+    """
 
     approximation: Approximation
     layers: Mapping[str, Layer]
@@ -65,9 +68,13 @@ class Layerwise:
     precision: torch.dtype | str
     damping: Damping
 
+    def of(self, name: str) -> Approximation:
+        """The approximation of one layer."""
+        return for_layer(self.approximation, self.layers[name].kind)
+
     def empty(self) -> State:
         """Placeholders for all layers."""
-        return State({name: LayerCurvature.empty(self.approximation, layer) for name, layer in self.layers.items()})
+        return State({name: LayerCurvature.empty(self.of(name), layer) for name, layer in self.layers.items()})
 
     def restored(self, states: Mapping[str, dict[str, Any]]) -> State:
         """The state that a checkpoint holds, layer by layer."""
@@ -95,17 +102,20 @@ class Layerwise:
 
     def size(self, before: State, after: State) -> Tensor | None:
         """The largest entry of what was observed: a number that is finite if all the statistics are."""
-        changed = [c for name, c in after.items() if name not in before or c.observations > before[name].observations]
-        tensors = [statistic.value for c in changed for statistic in c.stats.values()]
-        if self.approximation.corrects:
-            tensors += [tensor for c in changed if c.matrix is not None for tensor in c.matrix.tensors().values()]
+        changed = {
+            name: c for name, c in after.items() if name not in before or c.observations > before[name].observations
+        }
+        tensors = [statistic.value for c in changed.values() for statistic in c.stats.values()]
+        corrected = [c.matrix for name, c in changed.items() if self.of(name).corrects]
+        tensors += [tensor for matrix in corrected if matrix is not None for tensor in matrix.tensors().values()]
         return largest(tensors)
 
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """D = inverse @ M."""
-        if state.joint is not None:
-            return state.joint @ M
-        known = state.directions
+        coupled = {name: gradient for name, gradient in M.items() if state.joint is not None and self._couples(name)}
+        known = dict(state.directions)
+        if state.joint is not None and coupled:
+            known |= state.joint @ coupled
         return {
             name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient)
             for name, gradient in M.items()
@@ -142,19 +152,23 @@ class Layerwise:
         self, state: State, records: Sequence[Record]
     ) -> Iterable[tuple[str, LayerCurvature, Sequence[Capture]]]:
         """Every layer with its statistics merged, and what it saw; lazily, to hold the captures of one at a time."""
-        approximation = self.approximation
-        together: Mapping[str, Stats] | None = None
+        together: Mapping[str, Stats] = {}
         captures: dict[str, list[Capture]] = {}
-        if approximation.together:
-            captures = {name: self._seen(name, records) for name in self.layers}
-            together = approximation.observe_together(captures)
+        if self.approximation.together:
+            captures = {name: self._seen(name, records) for name in self.layers if self._couples(name)}
+            together = self.approximation.observe_together(captures)
         for name in self.layers:
-            if together is None:
-                seen = self._seen(name, records)
-                new: Stats = pool(approximation.observe(capture) for capture in seen)
-            else:
+            approximation = self.of(name)
+            if name in captures:
                 seen, new = captures[name], together.get(name, {})
+            else:
+                seen = self._seen(name, records)
+                new = pool(approximation.observe(capture) for capture in seen)
             yield name, state[name].merge(approximation, new, self.decay) if new else state[name], seen
+
+    def _couples(self, name: str) -> bool:
+        """Whether a layer has the approximation itself, and not another one."""
+        return self.of(name) == self.approximation
 
     def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
         layer, fraction = self.layers[name], self.cadence.fraction
@@ -163,12 +177,12 @@ class Layerwise:
     def _renew(
         self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float
     ) -> LayerCurvature:
-        dtype = self.fast(name)
+        dtype, approximation = self.fast(name), self.of(name)
         if curvature.ready and (refreshes or not curvature.refreshed):
-            curvature = curvature.refresh(self.approximation, damping, name)
-        if seen and curvature.refreshed and self.approximation.corrects:
+            curvature = curvature.refresh(approximation, damping, name)
+        if seen and curvature.refreshed and approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
-            curvature = curvature.correct(self.approximation, quick, self.decay, damping)
+            curvature = curvature.correct(approximation, quick, self.decay, damping)
         return curvature.prepared(dtype)
 
     def _spread(self, policy: TraceDamping, layers: Mapping[str, LayerCurvature], damping: float) -> dict[str, float]:
@@ -176,14 +190,18 @@ class Layerwise:
         ready = {name: c for name, c in layers.items() if c.ready}
         if not ready:
             return {}
-        means = torch.stack([c.mean_eigenvalue(self.approximation) for c in ready.values()]).tolist()
+        means = torch.stack([c.mean_eigenvalue(self.of(name)) for name, c in ready.items()]).tolist()
         convolutions = [name for name in ready if self.layers[name].parameters[0].ndim > 2]
         return policy.spread(damping, dict(zip(ready, means, strict=True)), convolutions)
 
     def _couple(self, layers: Mapping[str, LayerCurvature]) -> NetworkMap | None:
         if not isinstance(self.approximation, Coupled):
             return None
-        parts = {name: Part(c.stats, c.inverse, c.damping) for name, c in layers.items() if c.refreshed}
+        parts = {
+            name: Part(c.stats, c.inverse, c.damping)
+            for name, c in layers.items()
+            if c.refreshed and self._couples(name)
+        }
         try:
             return self.approximation.couple(parts) if parts else None
         except FactorisationError:

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.engine import Engine, Record, Sharing
-from natgrad.fishers import KFAC, Approximation, Weighted
+from natgrad.fishers import KFAC, Approximation, Weighted, for_layer
 from natgrad.labels import Estimator, Labels
-from natgrad.layers import Layer, cover
+from natgrad.layers import WIDE, Coverage, Layer
 from natgrad.likelihoods import Objective
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
-from natgrad.optim.coverage import coverage_table
+from natgrad.optim.coverage import coverage_table, covered_by, matrices_of
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.groups import build_groups
 from natgrad.optim.layerwise import Layerwise, State, blocks, largest
 from natgrad.optim.proposal import Proposal, move
+from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
 
@@ -59,6 +60,10 @@ class NaturalGradient(torch.optim.Optimizer):
         staggered: spread the refreshes of the layers over the period.
         weight_sharing: ``"expand"`` or ``"reduce"`` for weights used at several positions.
         exclude: names of modules left to AdamW.
+        wide: sides of more inputs or outputs get a diagonal in place of a covariance, ``None`` for none; the token side
+            of an embedding always. Where the approximation has no such form, KFAC stands in, as ``print`` says.
+        shampoo: whether matrices that no adapter covers follow Shampoo at the length of AdamW's step, which needs no
+            more than their gradient, and not AdamW, as all that is not a matrix does.
         groups: dicts with ``params`` and their own ``lr`` or ``weight_decay``; the rest forms a group of its own.
         adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
@@ -93,6 +98,8 @@ class NaturalGradient(torch.optim.Optimizer):
         staggered: bool = False,
         weight_sharing: Sharing = "expand",
         exclude: Iterable[str] = (),
+        wide: int | None = WIDE,
+        shampoo: bool = False,
         groups: Iterable[Mapping[str, Any]] = (),
         adamw: Mapping[str, Any] | None = None,
         precision: torch.dtype | str = "auto",
@@ -109,18 +116,20 @@ class NaturalGradient(torch.optim.Optimizer):
             observe_every = getattr(approximation, "observe_every", 1)
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
-        found = cover(model, exclude, functional=not isinstance(approximation, Weighted))
+        found = covered_by(model, approximation, exclude, wide)
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
         self.step_size, self.damping = step_size, as_damping(damping)
         self._curvature = Layerwise(
             approximation, found.layers, cadence, decay, weight_sharing, precision, self.damping
         )
         for layer in found.layers.values():
-            approximation.check(layer.name, layer.shape)
+            for_layer(approximation, layer.kind).check(layer.name, layer.shape)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(build_groups(model, found.layers, natural, adamw or {}, groups), natural)
         self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
         self.param_groups[0]["clock"] = new_clock(self.damping.initial)
+        self._matrices = matrices_of(model, found, wide) if shampoo else {}
+        self._wide = wide
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
         self._multiples: dict[str, float] = {}
@@ -178,7 +187,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._engine.ids = ids.to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:
-        return coverage_table(self.model, self.layers, self._now, self.uncovered, self._engine.unread)
+        found, unread = Coverage(self.layers, self.uncovered), self._engine.unread
+        return coverage_table(self.model, found, self._curvature.approximation, self._matrices, self._now, unread)
 
     # One step.
 
@@ -197,6 +207,9 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
         """
         loss = self._evaluate(closure)
+        for p in self.model.parameters():
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.to_dense()
         proposal = self._propose(self._engine.take())
         if proposal is None:
             self._clock["skipped"] += 1
@@ -295,7 +308,9 @@ class NaturalGradient(torch.optim.Optimizer):
         move(proposal, self.layers, self.state, self._settings())
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                adamw_step(group["params"], self.state, group)
+                matrices = {id(p) for p in self._matrices.values()}
+                adamw_step([p for p in group["params"] if id(p) not in matrices], self.state, group)
+                shampoo_step([p for p in group["params"] if id(p) in matrices], self.state, group, self._wide)
         rates = {key: group["lr"] for key, group in self._settings().items()}
         moved = {id(p) for name in proposal.moves for p in self.layers[name].parameters}
         unseen = [p for group in self._natural_groups() for p in group["params"] if id(p) not in moved]

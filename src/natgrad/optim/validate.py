@@ -9,6 +9,7 @@ from torch import nn
 
 from natgrad.fishers import Approximation, Weighted
 from natgrad.labels import check_estimator
+from natgrad.layers import check_wide
 from natgrad.likelihoods import Objective
 from natgrad.optim.damping import ConstantDamping, Damping, LevenbergMarquardt
 from natgrad.optim.step_size import StepSize
@@ -70,7 +71,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"{settings['step_size']!r} needs a likelihood and an estimator that is not 'empirical'")
     if settings["grad_scaler"] is not None and not hasattr(settings["grad_scaler"], "get_scale"):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {settings['grad_scaler']!r}")
-    for name in ("nesterov", "staggered"):
+    for name in ("nesterov", "staggered", "shampoo"):
         kind(name, settings[name], bool, "True or False")
     if settings["nesterov"] and settings["step_size"].chooses_momentum:
         raise ValueError(f"nesterov needs a policy that leaves the momentum alone, not {settings['step_size']!r}")
@@ -87,3 +88,4 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in ("observe_every", "refresh_every", "draws"):
         whole(name, settings[name], 1)
     whole("seed", settings["seed"], 0)
+    check_wide(settings["wide"])

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import types
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from natgrad.layers import Adapter, Layer
-from natgrad.layers.base import with_ones
 from natgrad.matrix import Kronecker, OneSided, Rows
 from natgrad.reconstruction.metric import Metric, Settings
 
 
-@dataclass(frozen=True)
-class Reconstructed(Adapter):
-    """The adapter of a reconstructed layer: its block is W'. The plain ``inner`` one sees no bias parameter there."""
-
-    inner: Adapter
-    biased: bool
-
-    def has_bias(self, module: nn.Module) -> bool:
-        """Whether the block has a bias column."""
-        return self.biased
-
-    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
-        """The parts of W'."""
-        return [chain.original for chain in chains(module, self.biased).values()]  # type: ignore[misc]
-
-    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
-        """As of the plain layer."""
-        return self.inner.batched(module, x)
-
-    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
-        """As of the plain layer."""
-        return with_ones(self.inner.inputs(module, x), self.biased)
-
-    def outputs(self, module: nn.Module, y: Tensor) -> Tensor:
-        """As of the plain layer."""
-        return self.inner.outputs(module, y)
-
-    def pack(self, module: nn.Module, tensors: list[Tensor]) -> Tensor:
-        """As of the plain layer."""
-        return self.inner.pack(module, tensors)
-
-    def unpack(self, module: nn.Module, block: Tensor) -> list[Tensor]:
-        """As of the plain layer."""
-        if not self.biased:
-            return self.inner.unpack(module, block)
-        return [*self.inner.unpack(module, block[..., :-1]), block[..., -1].flatten()]
-
-    def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
-        """As of the plain layer."""
-        return self.inner.forward(module, tensors, x)
+def behind(adapter: Adapter, names: tuple[str, ...]) -> Adapter:
+    """The adapter of a layer whose parameters ``names`` stand behind parametrizations: its block is W'."""
+    mine = copy.copy(adapter)
+    object.__setattr__(mine, "behind", names)  # it may be a frozen dataclass
+    return mine
 
 
 class FisherLayer(nn.Module):
@@ -66,7 +31,7 @@ class FisherLayer(nn.Module):
         super().__init__()
         self.settings, self.order = settings, tuple(layer.module._parameters)
         self.biased = layer.adapter.has_bias(layer.module)
-        self.layer = replace(layer, adapter=Reconstructed(layer.adapter, self.biased))
+        self.layer = replace(layer, adapter=behind(layer.adapter, layer.adapter.names[: 1 + self.biased]))
         self.register_buffer("observations", torch.tensor(0))
         self.metric = metric
 
@@ -94,18 +59,17 @@ class FisherLayer(nn.Module):
 
     def chains(self) -> dict[str, parametrize.ParametrizationList]:
         """The parametrizations of the weight, and of the bias."""
-        return chains(self.layer.module, self.biased)
+        lists = self.layer.module.parametrizations
+        assert isinstance(lists, nn.ModuleDict)
+        return {name: lists[name] for name in self.layer.adapter.behind}  # type: ignore[misc]
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight."""
-        columns = self._columns(slice(None, -1) if self.biased else slice(None))
-        adapter = self.layer.adapter
-        assert isinstance(adapter, Reconstructed)
-        return adapter.inner.unpack(self.layer.module, columns)[0]
+        return self.layer.unpack(self._columns(slice(None, -1) if self.biased else slice(None)))[0]
 
     def bias(self) -> Tensor:
         """The bias."""
-        return self._columns(slice(-1, None)).flatten()
+        return self._columns(slice(-1, None)).reshape(self.layer.parameters[1].shape)
 
     def extra_repr(self) -> str:
         """The approximation."""
@@ -117,9 +81,9 @@ class FisherLayer(nn.Module):
         S = self.metric.S
         with torch.autocast(block.device.type, enabled=False):
             if isinstance(S, Kronecker):
-                return replace(S, right=S.right[..., chosen]) @ block
+                return (S.left @ block.to(S.left.dtype) @ S.right[..., chosen]).to(block.dtype)
             if isinstance(S, OneSided) and S.side == "right":
-                return replace(S, factor=S.factor[..., chosen]) @ block
+                return (block.to(S.factor.dtype) @ S.factor[..., chosen]).to(block.dtype)
             if isinstance(S, Rows):
                 return replace(S, values=S.values[..., chosen]) @ block
             return (S @ block)[..., chosen]
@@ -136,13 +100,6 @@ class _Bias(nn.Module):
         return self._owner[0].bias()
 
 
-def chains(module: nn.Module, biased: bool) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrizations of a reconstructed layer's weight, and of its bias."""
-    lists = module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    return {name: lists[name] for name in ("weight", "bias")[: 1 + biased]}  # type: ignore[misc]
-
-
 def fisher_layers_of(model: nn.Module) -> list[FisherLayer]:
     """The Fisher layers in a model, in its order."""
     return [module for module in model.modules() if isinstance(module, FisherLayer)]
@@ -151,9 +108,10 @@ def fisher_layers_of(model: nn.Module) -> list[FisherLayer]:
 def install(layer: Layer, settings: Settings, metric: Metric) -> None:
     """Parametrize a layer whose parameters hold W' already; unchecked by torch, as weight and bias need each other."""
     fisher_layer = FisherLayer(layer, settings, metric)
-    parametrize.register_parametrization(layer.module, "weight", fisher_layer, unsafe=True)
-    if fisher_layer.biased:
-        parametrize.register_parametrization(layer.module, "bias", _Bias(fisher_layer), unsafe=True)
+    weight, *bias = fisher_layer.layer.adapter.behind
+    parametrize.register_parametrization(layer.module, weight, fisher_layer, unsafe=True)
+    for name in bias:
+        parametrize.register_parametrization(layer.module, name, _Bias(fisher_layer), unsafe=True)
 
 
 def uninstall(fisher_layer: FisherLayer) -> None:

@@ -118,15 +118,15 @@ def _local(
     """Inputs, and the slopes of the layers' own activations in the place of output gradients: nothing is sent back."""
     seen: list[tuple[Layer, list[Capture]]] = []
 
-    def hook_of(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook_of(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             slope = _slope(activations.get(layer.name), output)
-            x, g = (layer.adapter.batched(module, y).detach() for y in (args[0], slope))
+            x, g = layer.read(args, kwargs), layer.adapter.batched(module, slope).detach()
             seen.append((layer, [_by_position(layer.adapter.inputs(module, x), layer.adapter.outputs(module, g))]))
 
         return hook
 
-    handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers.values()]
+    handles = [layer.module.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in layers.values()]
     try:
         for inputs, _ in batches:
             call(model, inputs)

@@ -72,7 +72,7 @@ def reconstruct(
     settings = Settings(approximation, likelihood, activations, estimator, damping, root, seed)
     if fisher_layers_of(model):
         raise ValueError("the model is reconstructed already: refresh it, or restore it first")
-    layers = cover(model, exclude, functional=False).layers
+    layers = cover(model, exclude, functional=False, wide=None).only(model, ["plain"], "").layers
     if not layers:
         raise ValueError("the model has no layer that an adapter covers")
     for layer in layers.values():
