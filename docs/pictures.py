@@ -6,6 +6,7 @@ float64 and on one thread, so that they come out the same everywhere up to round
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -429,6 +430,23 @@ def two_level() -> Figure:
     return figure
 
 
+def physics() -> Figure:
+    """The error of a physics-informed network along training, as `benchmarks/physics.py` measured it."""
+    newest = max((HERE.parents[1] / "benchmarks").glob("*/pinn.json"))
+    figure, axes = plt.subplots(1, 2, figsize=(2.6 * PAIR, PAIR), layout="constrained", sharey=True)
+    for (name, seeds), colour in zip(
+        json.loads(newest.read_text())["curves"].items(), ("#999999", PALE, INK), strict=True
+    ):
+        for axis, against in zip(axes, ("step", "seconds"), strict=True):
+            for curve in seeds:
+                x, y = ([point[key] for point in curve[1:]] for key in (against, "error"))
+                axis.loglog(x, y, color=colour, linewidth=1, label=name if curve is seeds[0] else None)
+            axis.set(xlabel={"step": "steps", "seconds": "seconds on one core"}[against])
+    axes[0].set(ylabel="relative error of u")
+    axes[0].legend(fontsize=6)
+    return figure
+
+
 PICTURES: tuple[Callable[[], Figure], ...] = (
     overview,
     exact,
@@ -446,6 +464,7 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
     damping,
     block_tridiagonal,
     two_level,
+    physics,
 )
 
 

@@ -33,8 +33,9 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
+from natgrad.jets import Jets
 from natgrad.layers import Adapter, register, unregister
-from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum
 from natgrad.optim import (
     AdaptiveKLLimit,
     Automatic,
@@ -69,6 +70,7 @@ __all__ = [
     "BlockTridiagonal",
     "Categorical",
     "Constant",
+    "ConvexLoss",
     "CorrectedKFAC",
     "Deflated",
     "Diagonal",
@@ -76,6 +78,7 @@ __all__ = [
     "ExactFisher",
     "ExactQuadraticModel",
     "Gaussian",
+    "Jets",
     "JointFisher",
     "JointWoodbury",
     "KLLimit",
@@ -84,6 +87,7 @@ __all__ = [
     "Lanczos",
     "LevenbergMarquardt",
     "Likelihood",
+    "LossSum",
     "NGPlus",
     "NaturalGradient",
     "Nicolaides",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from natgrad.capture import Capture, Examples, Weights
 from natgrad.hooks import Hook, as_written, out_of_graph
@@ -58,11 +59,15 @@ class Record:
     scale: float = 1.0
     which: Examples = Examples()
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    targets: Tensor | None = None
+    targets: Any = None
     size: int | None = None
 
     def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
-        """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed."""
+        """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed.
+
+        The seeds share the count, as gradients share their sum of squares, so that passes with different numbers of
+        seeds pool as their examples do.
+        """
         calls = self._reached(layer)
         if not calls:
             return
@@ -125,7 +130,8 @@ class Record:
             rows, examples, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
             a, g, rows = summed(a), g.sum(-2, keepdim=True) / used, examples
-        count, diagonal = self._counted(n, of), layer.diagonal[::-1] if swapped else layer.diagonal
+        count = self._counted(n, of) / len(calls[0].gradients)
+        diagonal = layer.diagonal[::-1] if swapped else layer.diagonal
         if isinstance(a, Sparse):
             return SparseCapture(a, g, count, rows, self.which, diagonal)
         seen = Capture(a, g, count, rows, self.which, diagonal)
@@ -324,24 +330,33 @@ class Engine:
             record.inputs = (args, kwargs)
         if self.labels is not None:
             record.targets = self.labels.targets
-            self._send_back(record, self.labels, self.labels.select(output))
+            self._send_back(record, self.labels, output)
         self._records.append(record)
 
-    def _send_back(self, record: Record, labels: Labels, output: Tensor) -> None:
-        if not output.requires_grad:
+    def _send_back(self, record: Record, labels: Labels, returned: Any) -> None:
+        selected = labels.select(returned)
+        outputs = selected if isinstance(selected, tuple) else (selected,)
+        tracked = [k for k, output in enumerate(outputs) if output.requires_grad]
+        if not tracked:
             return
         calls = [call for layer_calls in record.calls.values() for call in layer_calls]
         edges = [call.edge for call in calls if call.edge is not None]
-        plain = output.detach() if output.dtype.itemsize >= 4 else output.detach().float()
-        record.terms, record.size = labels.terms(plain), len(plain)
-        for seed in labels.seeds(plain):
-            seed = seed.to(output.dtype)
-            gradients = torch.autograd.grad(output, edges, seed, retain_graph=True, allow_unused=True)
+        plain = tuple(x.detach() if x.dtype.itemsize >= 4 else x.detach().float() for x in outputs)
+        whole = plain if isinstance(selected, tuple) else plain[0]
+        record.terms, record.size = labels.terms(whole), max(map(len, plain))
+        heads = [outputs[k] for k in tracked]
+        for seed in labels.seeds(whole):
+            seeds = seed if isinstance(seed, tuple) else (seed,)
+            back = [seeds[k].to(outputs[k].dtype) for k in tracked]
+            gradients = torch.autograd.grad(heads, edges, back, retain_graph=True, allow_unused=True)
             for call, gradient in zip(calls, gradients, strict=True):
                 call.gradients.append(gradient)
         for call in calls:
             call.edge = None  # lets go of the graph
-        output.register_hook(lambda _: setattr(record, "live", True))
+        record.scale = len(calls[0].gradients) ** -0.5
+        for tensor in {id(x): x for x in (*heads, *tree_leaves(returned))}.values():  # a pointer may make a new tensor
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: setattr(record, "live", True))
 
 
 def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:

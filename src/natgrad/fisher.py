@@ -14,7 +14,7 @@ from natgrad.engine import Engine, Sharing
 from natgrad.fishers import Approximation, Coupled, Stats, Weighted, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import WIDE, Layer, check_wide, cover
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Objective
 from natgrad.matrix import Blocks, Grouped, Matrix
 
 
@@ -22,7 +22,7 @@ from natgrad.matrix import Blocks, Grouped, Matrix
 def fisher(
     model: nn.Module,
     approximation: Approximation,
-    likelihood: Likelihood,
+    likelihood: Objective,
     batches: Iterable[tuple[Any, Any]],
     *,
     estimator: Estimator = "exact",

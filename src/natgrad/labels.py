@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Objective
 
 Estimator = Literal["exact", "sampled", "empirical"]
 
@@ -28,10 +28,10 @@ class Labels:
     ``targets`` are the true labels of the coming forward pass, for the estimator ``"empirical"`` and for ignored terms.
     """
 
-    likelihood: Likelihood
+    likelihood: Objective
     estimator: Estimator = "sampled"
     draws: int = 1
-    targets: Tensor | None = None
+    targets: Any = None
     generator: torch.Generator | None = None
     capacity: float = 1.0
     scale: float = 1.0
@@ -40,22 +40,26 @@ class Labels:
         """Start the stream of random labels anew; on a CPU a batch draws the same labels whole or in parts."""
         self._seed, self.generator = seed, None
 
-    def select(self, output: Any) -> Tensor:
-        """The tensor of logits or means in the model's output, detached copies of which the methods below read."""
+    def select(self, output: Any) -> Any:
+        """The outputs that the likelihood reads, detached copies of which the methods below read."""
         return self.likelihood.select(output)
 
-    def terms(self, output: Tensor) -> Tensor | float:
+    def terms(self, output: Any) -> Tensor | float:
         """What each loss term (n, terms) counts, or the number of terms of one example if all count 1."""
         self.capacity, self.scale = self.likelihood.capacity(output), self.likelihood.scale(output)
-        weights = self.likelihood.counted(output, self.targets)
-        return float(self.likelihood.events(output).shape[1]) if weights is None else weights
+        return self.likelihood.terms(output, self.targets)
 
-    def seeds(self, output: Tensor) -> Iterator[Tensor]:
-        """Gradients of the NLL sum in the output, one tensor per draw or direction; F is the mean over them."""
+    def seeds(self, output: Any) -> Iterator[Any]:
+        """Gradients of the NLL sum in the output, one per draw or direction; F is the mean over them."""
         if self.estimator == "exact":
             return self.likelihood.exact(output, self.targets)
         if self.estimator == "sampled":
-            return self.likelihood.sampled(output, self.draws, self._stream(output.device), self.targets)
+            return self.likelihood.sampled(
+                output,
+                self.draws,
+                self._stream((output[0] if isinstance(output, tuple) else output).device),
+                self.targets,
+            )
         if self.targets is None:
             raise ValueError("the empirical estimator needs targets")
         return self.likelihood.empirical(output, self.targets)

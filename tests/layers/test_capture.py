@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad import Gaussian
 from natgrad.capture import Capture
 from natgrad.engine import Engine, Record
+from natgrad.jets import JetLinear
 from natgrad.labels import Labels
 from natgrad.layers import Layer, adapter_of, cover
 from oracles import assert_equal, block_of, per_example_gradients
@@ -53,6 +54,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear of sequences": (lambda: nn.Linear(4, 3), (6, 4)),
     "linear of images": (lambda: nn.Linear(4, 3), (2, 3, 4)),
     "linear without bias": (lambda: nn.Linear(4, 3, bias=False), (6, 4)),
+    "linear on jets": (lambda: JetLinear(4, 3), (5, 4)),
+    "linear on jets without bias": (lambda: JetLinear(4, 3, bias=False), (5, 4)),
     "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 7)),
     "conv1d same, even kernel": (lambda: nn.Conv1d(2, 3, 4, padding="same"), (2, 7)),
     "conv1d valid": (lambda: nn.Conv1d(2, 3, 3, padding="valid"), (2, 7)),

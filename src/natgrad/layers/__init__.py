@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture, Kind
+from natgrad.jets import JetLinear
 from natgrad.layers import attention, functional, recurrent, source
 from natgrad.layers.base import Adapter
 from natgrad.layers.conv import ConvAdapter, ConvTransposeAdapter
 from natgrad.layers.embedding import BagAdapter, EmbeddingAdapter
 from natgrad.layers.functional import Exposed, Rule
+from natgrad.layers.jet import JetAdapter
 from natgrad.layers.linear import BilinearAdapter, LinearAdapter, TransposedLinearAdapter
 from natgrad.layers.norm import BatchNormAdapter, GroupNormAdapter, InstanceNormAdapter, LayerNormAdapter
 from natgrad.layers.ties import tied, with_biases
@@ -27,6 +29,7 @@ Known = TypeVar("Known")
 
 _BUILT_IN: dict[type[nn.Module] | str, Adapter] = {
     nn.Linear: LinearAdapter(),
+    JetLinear: JetAdapter(),
     "transformers.pytorch_utils.Conv1D": TransposedLinearAdapter(),  # known by name, and not imported
     nn.Bilinear: BilinearAdapter(),
     nn.Embedding: EmbeddingAdapter(),

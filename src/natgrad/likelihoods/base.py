@@ -25,21 +25,62 @@ Pointer = str | int | Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Likelihood(ABC):
-    """The interface. Events are kept as (n, terms, dim): examples, loss terms of an example, outputs of a term.
+class Objective(ABC):
+    """What the engine asks of a loss: seeds, and in which numbers to read them.
+
+    Outputs, targets, seeds and V are tensors like the output, or tuples of them where the loss reads several outputs.
+    """
+
+    output: Pointer = None
+
+    @abstractmethod
+    def select(self, output: Any) -> Any:
+        """The outputs that the loss reads, in what the model returns; ``ValueError`` if there are none."""
+
+    @abstractmethod
+    def terms(self, output: Any, targets: Any) -> Tensor | float:
+        """What each loss term (n, terms) counts, or the number of terms of one example if all count 1."""
+
+    @abstractmethod
+    def scale(self, output: Any) -> float:
+        """The loss as a multiple of the NLL."""
+
+    @abstractmethod
+    def capacity(self, output: Any) -> float:
+        """The largest entropy of one loss term, in the units of the loss (nats, times its scale)."""
+
+    @abstractmethod
+    def sampled(self, output: Any, draws: int, generator: torch.Generator, targets: Any = None) -> Iterator[Any]:
+        """``draws`` seeds with labels from the model."""
+
+    @abstractmethod
+    def exact(self, output: Any, targets: Any = None) -> Iterator[Any]:
+        """Seeds, one per output direction of an example, whose *mean* of seed seed^T is the Hessian."""
+
+    @abstractmethod
+    def empirical(self, output: Any, targets: Any) -> Iterator[Any]:
+        """One seed: the gradient of the NLL at the true labels."""
+
+    @abstractmethod
+    def hessian_product(self, output: Any, V: Any, targets: Any = None) -> Any:
+        """The Hessian of the loss, summed over terms, in the output (scale and weights included), times V."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood(Objective):
+    """One loss term after the other. Events are kept as (n, terms, dim): examples, terms of an example, their outputs.
 
     ``output`` points at the logits or means inside what the model returns: a key or attribute name, an index, or a
     function; ``None`` where the model returns a tensor.
     """
 
-    output: Pointer = None
+    def absent(self, output: Any) -> bool:
+        """Whether ``output`` points at None."""
+        return self._pointed(output) is None
 
     def select(self, output: Any) -> Tensor:
         """The tensor that ``output`` points at; ``ValueError`` if there is none."""
-        try:
-            found = _look_up(output, self.output)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self!r}: no output at {self.output!r} in a {type(output).__name__}") from error
+        found = self._pointed(output)
         if not isinstance(found, Tensor):
             raise ValueError(
                 f"{type(self).__name__} needs a tensor of model outputs, got {type(found).__name__}; point at the "
@@ -73,12 +114,17 @@ class Likelihood(ABC):
         """What each loss term adds to the divisor of a mean loss: by default its weight."""
         return self.weights(output, targets)
 
+    def terms(self, output: Tensor, targets: Tensor | None) -> Tensor | float:
+        """``counted``, or the number of terms of one example."""
+        weights = self.counted(output, targets)
+        return float(self.events(output).shape[1]) if weights is None else weights
+
     def scale(self, output: Tensor) -> float:
-        """The loss as a multiple of the NLL."""
+        """The loss as a multiple of the NLL: 1."""
         return 1.0
 
     def capacity(self, output: Tensor) -> float:
-        """The largest entropy of one loss term, in the units of the loss (nats, times its scale)."""
+        """The scale times the largest entropy of every output."""
         return self.scale(output) * self.events(output).shape[-1] * self.entropy
 
     @property
@@ -91,11 +137,11 @@ class Likelihood(ABC):
         """Raise ``ValueError`` for targets that do not fit the output."""
 
     @abstractmethod
-    def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
+    def residual(self, output: Tensor, uniform: Tensor, targets: Tensor | None = None) -> Tensor:
         """The gradient of the NLL at a label drawn by inversion from ``uniform`` (n, terms, dim) in (0, 1)."""
 
     @abstractmethod
-    def factor(self, output: Tensor) -> Tensor:
+    def factor(self, output: Tensor, targets: Tensor | None = None) -> Tensor:
         """S (dim, n, terms, dim): column c of the factor of the NLL's Hessian, S S^T = sum over the first dimension."""
 
     @abstractmethod
@@ -111,15 +157,13 @@ class Likelihood(ABC):
     def sampled(
         self, output: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """``draws`` seeds with labels from the model; one uniform number per output and draw, example by example."""
-        n, terms, dim = self.events(output).shape
-        uniform = torch.rand((n, terms, dim, draws), generator=generator, device=output.device)
-        for draw in uniform.clamp_(1e-7, 1 - 1e-7).unbind(-1):
-            yield self._seed(self.residual(output, draw.to(output.dtype)), output, targets)
+        """``draws`` seeds with labels from the model."""
+        for uniform in self._uniform(output, draws, generator):
+            yield self._seed(self.residual(output, uniform, targets), output, targets)
 
     def exact(self, output: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
         """terms * dim seeds, one per output direction of an example, scaled so that their *mean* is the Hessian."""
-        columns = self.factor(output)
+        columns = self.factor(output, targets)
         dim, _, terms, _ = columns.shape
         for term in range(terms):
             here = torch.zeros(terms, 1, dtype=output.dtype, device=output.device)
@@ -141,6 +185,19 @@ class Likelihood(ABC):
             )
         yield gradient * self.scale(output) ** 0.5
 
+    def _uniform(self, output: Tensor, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """``draws`` tensors (n, terms, dim) in (0, 1), drawn example by example."""
+        n, terms, dim = self.events(output).shape
+        uniform = torch.rand((n, terms, dim, draws), generator=generator, device=output.device)
+        for draw in uniform.clamp_(1e-7, 1 - 1e-7).unbind(-1):
+            yield draw.to(output.dtype)
+
+    def _pointed(self, output: Any) -> Any:
+        try:
+            return look_up(output, self.output)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self!r}: no output at {self.output!r} in a {type(output).__name__}") from error
+
     def _seed(self, events: Tensor, output: Tensor, targets: Tensor | None) -> Tensor:
         weights = self.weights(output, targets)
         if weights is not None:
@@ -148,7 +205,8 @@ class Likelihood(ABC):
         return self.unevents(events * self.scale(output) ** 0.5, output)
 
 
-def _look_up(output: Any, pointer: Pointer) -> Any:
+def look_up(output: Any, pointer: Pointer) -> Any:
+    """What a pointer leads to."""
     if pointer is None:
         return output
     if callable(pointer):

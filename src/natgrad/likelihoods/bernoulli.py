@@ -20,7 +20,7 @@ class Bernoulli(Elementwise):
         """log 2."""
         return math.log(2)
 
-    def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
+    def residual(self, output: Tensor, uniform: Tensor, targets: Tensor | None = None) -> Tensor:
         """sigmoid(f) - y."""
         p = self.events(output).sigmoid()
         return p - (uniform < p).to(p.dtype)

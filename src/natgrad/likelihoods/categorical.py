@@ -83,13 +83,13 @@ class Categorical(Likelihood):
         """log C for C classes."""
         return math.log(output.shape[self.class_dim])
 
-    def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
+    def residual(self, output: Tensor, uniform: Tensor, targets: Tensor | None = None) -> Tensor:
         """p - onehot(y)."""
         p = self.events(output).softmax(-1)
         label = (p.cumsum(-1) < uniform[..., :1]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
         return p.scatter_add(-1, label, torch.full_like(p[..., :1], -1.0))
 
-    def factor(self, output: Tensor) -> Tensor:
+    def factor(self, output: Tensor, targets: Tensor | None = None) -> Tensor:
         """sqrt(p_c) (e_c - p)."""
         p = self.events(output).softmax(-1)
         eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)

@@ -1,4 +1,4 @@
-"""What likelihoods share that treat every output by itself."""
+"""What likelihoods share whose terms are the last dimensions of the output, and those that treat outputs one by one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from natgrad.likelihoods.base import Likelihood
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elementwise(Likelihood):
-    """One distribution per output; ``reduction`` says how the loss combines the outputs of one term.
+class Reduced(Likelihood):
+    """``reduction`` says how the loss combines the outputs of one term.
 
     A term is the last ``event_dims`` dimensions of the output (all outputs of an image: 3), the terms are the leading
     ones; ``reduction="sum"`` adds over the outputs of a term, ``"mean"`` is torch's default mean over everything.
@@ -35,6 +35,15 @@ class Elementwise(Likelihood):
         dims = min(self.event_dims, output.ndim - 1)
         return output.reshape(output.shape[0], -1, output.shape[output.ndim - dims :].numel())
 
+    def scale(self, output: Tensor) -> float:
+        """1, or 1/dim under the mean."""
+        return 1.0 if self.reduction == "sum" else 1.0 / self.events(output).shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(Reduced):
+    """One distribution per output."""
+
     def check_targets(self, output: Tensor, targets: Tensor) -> None:
         """The shape of the output."""
         if targets.shape != output.shape:
@@ -43,14 +52,10 @@ class Elementwise(Likelihood):
                 f"got {tuple(targets.shape)}"
             )
 
-    def factor(self, output: Tensor) -> Tensor:
+    def factor(self, output: Tensor, targets: Tensor | None = None) -> Tensor:
         """sqrt(h_c) e_c, h the diagonal Hessian."""
         h = self.curvature(self.events(output))
         return h.sqrt().unsqueeze(0) * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)[:, None, None, :]
-
-    def scale(self, output: Tensor) -> float:
-        """1, or 1/dim under the mean."""
-        return 1.0 if self.reduction == "sum" else 1.0 / self.events(output).shape[-1]
 
     def hessian_product(self, output: Tensor, V: Tensor, targets: Tensor | None = None) -> Tensor:
         """h * v."""

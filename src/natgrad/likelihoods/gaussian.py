@@ -17,7 +17,7 @@ class Gaussian(Elementwise):
     ``reduction="sum"``: the loss is 1/2 |f - y|^2 per term. ``"mean"``: torch's ``MSELoss``, 2/dim times that.
     """
 
-    def residual(self, output: Tensor, uniform: Tensor) -> Tensor:
+    def residual(self, output: Tensor, uniform: Tensor, targets: Tensor | None = None) -> Tensor:
         """f - y, a standard normal number."""
         return torch.special.ndtri(uniform)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Directions:
         slopes, squares = _inner(self.D, self.M), _inner(self.D, self.D)
         curvature = torch.zeros_like(slopes)
         for u in self._responses:
-            own = [u[name][0].square().sum(-1).mean() if name in u else curvature.new_zeros(()) for name in self.D]
+            own = [u[name][0].square().sum() if name in u else curvature.new_zeros(()) for name in self.D]
             curvature = curvature + torch.stack(own) / self._count
         total = curvature + damping * squares
         return torch.where(total > 0, slopes / total, torch.zeros_like(total))
@@ -92,8 +93,8 @@ class Directions:
             assert record.inputs is not None
             (output, JD), (_, JP) = (self._jacobian_product(record, V) for V in (self.D, self.P))
             HD, HP = (self.labels.likelihood.hessian_product(output, J, record.targets) for J in (JD, JP))
-            total = total + torch.stack([(JD * HD).sum(), (JD * HP).sum(), (JP * HP).sum()])
-            count = count + float(record.count(len(output)))
+            total = total + torch.stack([_dot(JD, HD), _dot(JD, HP), _dot(JP, HP)])
+            count = count + float(record.count())
         return total / count
 
     @cached_property
@@ -113,7 +114,7 @@ class Directions:
     def _count(self) -> float | Tensor:
         return sum(record.count() for record in self.records)
 
-    def _jacobian_product(self, record: Record, V: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _jacobian_product(self, record: Record, V: Mapping[str, Tensor]) -> tuple[Any, Any]:
         assert self.model is not None and self.labels is not None and record.inputs is not None
         args, kwargs = record.inputs
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -130,7 +131,7 @@ class Directions:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         model, select = self.model, self.labels.select
 
-        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        def outputs(parameters: dict[str, Tensor]) -> Any:
             return select(torch.func.functional_call(model, {**parameters, **buffers}, args, kwargs))
 
         device = self._device
@@ -144,6 +145,12 @@ def _inner(X: Mapping[str, Tensor], Y: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in ((X[name], Y[name]) for name in X)])
 
 
+def _dot(x: Any, y: Any) -> Tensor:
+    """The inner product of two outputs, or of two tuples of them."""
+    pairs = zip(x, y, strict=True) if isinstance(x, tuple) else ((x, y),)
+    return torch.stack([(a * b).sum() for a, b in pairs]).sum()
+
+
 def _totals(responses: Mapping[str, Tensor]) -> list[Tensor]:
     """Sums over the layers that saw as many examples."""
     sizes: dict[int, list[Tensor]] = {}
@@ -153,5 +160,5 @@ def _totals(responses: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _pairs(u: Tensor) -> Tensor:
-    """Sums over the examples of u_D^2, u_D u_P and u_P^2, in the mean over the seeds."""
-    return torch.stack([(u[i] * u[j]).sum(-1).mean() for i, j in ((0, 0), (0, 1), (1, 1))])
+    """Sums over the examples and the seeds of u_D^2, u_D u_P and u_P^2."""
+    return torch.stack([(u[i] * u[j]).sum() for i, j in ((0, 0), (0, 1), (1, 1))])

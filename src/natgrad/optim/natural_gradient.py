@@ -17,7 +17,7 @@ from natgrad.engine import Engine, Record, Sharing
 from natgrad.fishers import KFAC, Approximation, Weighted, for_layer
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Objective
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
@@ -87,7 +87,7 @@ class NaturalGradient(torch.optim.Optimizer):
         model: nn.Module,
         approximation: Approximation | None = None,
         *,
-        likelihood: Likelihood | None = None,
+        likelihood: Objective | None = None,
         estimator: Estimator | None = None,
         draws: int = 1,
         lr: float | None = None,
@@ -182,8 +182,8 @@ class NaturalGradient(torch.optim.Optimizer):
             **self._now.numbers(),
         }
 
-    def targets(self, targets: Tensor | None) -> None:
-        """Tell the true labels of the coming forward pass; only a likelihood that ignores some of them needs it."""
+    def targets(self, targets: Any) -> None:
+        """Tell the true labels of the coming forward pass, for a likelihood that ignores some of them or reads them."""
         if self._engine.labels is not None:
             self._engine.labels.targets = targets
 

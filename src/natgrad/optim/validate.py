@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from natgrad.fishers import Approximation, Weighted
 from natgrad.labels import check_estimator
 from natgrad.layers import check_wide
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Objective
 from natgrad.optim.damping import ConstantDamping, Damping, LevenbergMarquardt
 from natgrad.optim.step_size import StepSize
 
@@ -60,7 +60,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     kind("approximation", approximation, Approximation, "an approximation such as KFAC() (an object, not a class)")
     likelihood = settings["likelihood"]
     if likelihood is not None:
-        kind("likelihood", likelihood, Likelihood, "a likelihood such as Categorical() (an object, not a class)")
+        kind("likelihood", likelihood, Objective, "a likelihood such as Categorical() (an object, not a class)")
     kind("step_size", settings["step_size"], StepSize, "a policy such as KLLimit() (an object, not a class)")
     check_estimator(settings["estimator"])
     if settings["estimator"] != "empirical" and likelihood is None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.race import datasets, networks, translation
+from natgrad.race import datasets, language, networks, physics, translation
 from natgrad.race.data import Dataset
 from natgrad.race.networks import autoencoder
 
@@ -74,6 +74,16 @@ FACES = (625, 2000, 1000, 500, 30)
 RELU = partial(autoencoder, activation=nn.ReLU, linear_code=False, bias=0.01)
 MEAN_BERNOULLI = partial(natgrad.Bernoulli, reduction="mean")
 MEAN_GAUSSIAN = partial(natgrad.Gaussian, reduction="mean")
+BYTES: dict[str, Any] = {
+    "data": language.manual,
+    "loss": language.byte_loss,
+    "likelihood": categorical,
+    "batch": 64,
+    "epochs": 5,
+    "terms": Tensor.numel,
+    "chunk": 100,
+    "metrics": {"bits per byte": language.bits_per_byte},
+}
 CLASSES: dict[str, Any] = {
     "loss": F.cross_entropy,
     "likelihood": categorical,
@@ -169,6 +179,18 @@ TASKS = {
             terms=translation.words,
             chunk=250,
             metrics={"BLEU": translation.bleu},
+        ),
+        Task("lstm-lm", model=language.lstm, **BYTES),
+        Task("transformer-lm", model=language.transformer, **BYTES),
+        Task(
+            name="pinn",
+            data=physics.square,
+            model=physics.residuals,
+            loss=square_loss,
+            likelihood=natgrad.Gaussian,
+            batch=512,
+            epochs=25,
+            metrics={"relative L2 error": physics.relative_error},
         ),
     )
 }

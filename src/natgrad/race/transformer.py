@@ -1,4 +1,4 @@
-"""A compact encoder-decoder Transformer (Vaswani et al. 2017), every weight matrix a dense layer of its own."""
+"""Compact Transformers (Vaswani et al. 2017), encoder-decoder and causal, every weight matrix a dense layer."""
 
 import math
 
@@ -36,8 +36,8 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(width, heads)
         self.dense = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Map (n, s, width) to the same shape."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map (n, s, width) to the same shape; no `mask` is causal."""
         h = self.norm1(x)
         x = x + self.attention(h, h, mask)
         return x + self.dense(self.norm2(x))
@@ -95,6 +95,24 @@ class Transformer(nn.Module):
         for layer in self.decoder:
             x = layer(x, memory, mask)
         return self.norm2(x)
+
+
+class CausalTransformer(nn.Module):
+    """A language model, decoder only: input (n, t) of words, output (n, t, words) logits of those that follow."""
+
+    def __init__(self, words: int, width: int = 128, heads: int = 4, layers: int = 2, hidden: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, t, words), each from the words up to its own."""
+        h = _placed(self.embedding(x))
+        for layer in self.layers:
+            h = layer(h, None)
+        return self.head(self.norm(h))
 
 
 def _placed(x: Tensor) -> Tensor:

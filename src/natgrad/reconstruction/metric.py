@@ -16,7 +16,7 @@ from natgrad.fisher import call, evaluating, passes
 from natgrad.fishers import SNGD, Approximation, Coupled, Stats, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import Layer
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Objective
 from natgrad.matrix import FactorisationError, LinearMap, Root, inverse_roots
 from natgrad.matrix.base import check_damping
 
@@ -29,7 +29,7 @@ class Settings:
     """What :func:`reconstruct` was told, and a refresh needs again."""
 
     approximation: Approximation
-    likelihood: Likelihood | None
+    likelihood: Objective | None
     activations: Activations | None
     estimator: Estimator
     damping: float
@@ -43,7 +43,7 @@ class Settings:
             raise TypeError(f"approximation must be an approximation such as SNGD() (an object), got {approximation!r}")
         if isinstance(approximation, Coupled) or approximation.corrects:
             raise ValueError(f"{approximation!r} is more than a matrix per layer, and cannot be reconstructed")
-        if self.likelihood is not None and not isinstance(self.likelihood, Likelihood):
+        if self.likelihood is not None and not isinstance(self.likelihood, Objective):
             raise TypeError(
                 f"likelihood must be a likelihood such as Categorical() (an object), got {self.likelihood!r}"
             )

@@ -14,7 +14,7 @@ from torch import nn
 from natgrad.fishers import SNGD, Approximation
 from natgrad.labels import Estimator
 from natgrad.layers import cover
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Objective
 from natgrad.matrix import Root, eigh_root
 from natgrad.reconstruction.carry import carry, check_optimizer
 from natgrad.reconstruction.fisher_layer import fisher_layers_of, install, uninstall
@@ -29,7 +29,7 @@ def reconstruct(
     batches: Batches,
     approximation: Approximation = INPUTS,
     *,
-    likelihood: Likelihood | None = None,
+    likelihood: Objective | None = None,
     activations: Activations | None = None,
     estimator: Estimator = "sampled",
     damping: float = 0.0,
