@@ -1,5 +1,8 @@
 """Law 28: what the optimizers do that natgrad races against, as far as one step shows it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,14 +22,24 @@ def polar(M: Tensor) -> Tensor:
     return U @ Vh
 
 
+def built(name: str, model: nn.Module, task: Task, **settings: object) -> Any:
+    return ENTRIES[name].build(model, task, {**ENTRIES[name].defaults, **settings})
+
+
+def walk(make: Callable[[nn.Module], Any], gradients: list[Tensor]) -> Tensor:
+    """What is subtracted from a matrix of zeros that meets these gradients."""
+    model = nn.Linear(gradients[0].shape[1], gradients[0].shape[0])
+    nn.init.zeros_(model.weight)
+    optimizer = make(model)
+    for gradient in gradients:
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+    return -model.weight.detach()
+
+
 def first_step(name: str, M: Tensor, task: Task, **settings: object) -> Tensor:
     """What the entry subtracts from a matrix of zeros whose gradient is M."""
-    model = nn.Linear(M.shape[1], M.shape[0])
-    nn.init.zeros_(model.weight)
-    optimizer = ENTRIES[name].build(model, task, {**ENTRIES[name].defaults, **settings})
-    model.weight.grad = M.clone()
-    optimizer.step()
-    return -model.weight.detach()
+    return walk(lambda model: built(name, model, task, **settings), [M])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,3 +57,17 @@ def test_law_28_fails_for_adamw_whose_first_step_is_the_sign(tiny: Task) -> None
     step = first_step("adamw", M, tiny)
     assert cosine(step, M.sign()) > 0.999
     assert cosine(step, polar(M)) < 0.97
+
+
+def test_law_28_soap_in_the_basis_of_the_entries_is_adam(tiny: Task) -> None:
+    random = torch.Generator().manual_seed(0)
+    scales = torch.tensor([5.0, 3.0, -2.0, 1.0, -0.5, 0.25])
+    # L and R are then diagonal, and their eigenvectors the axes, in some order and sign that Adam does not see.
+    diagonal = [torch.diag(scales * (1 + 0.2 * torch.randn(6, generator=random))) for _ in range(12)]
+    dense = [torch.randn(6, 6, generator=random) for _ in range(12)]
+    lr, betas = 1e-2, (0.95, 0.95)
+    for gradients, same in ((diagonal, True), (dense, False)):
+        soap = walk(lambda model: built("soap", model, tiny, lr=lr, precondition_frequency=3), gradients)
+        # Its first gradient only starts the basis.
+        adam = walk(lambda model: torch.optim.Adam(model.parameters(), lr=lr, betas=betas), gradients[1:])
+        assert torch.allclose(soap, adam, atol=1e-6) == same
