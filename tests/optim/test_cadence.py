@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.testing import assert_close
 from training import batch, copy_of, network, optimizer_of, same, train
 
 from cases import CASES, Case
-from natgrad import Deflated, KLLimit
+from natgrad import KFAC, Deflated, EigenCorrected, KLLimit
 from natgrad.fishers import Coupled
+from natgrad.matrix import Spectral
+from natgrad.optim.curvature import LayerCurvature
+from oracles import random_capture
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -39,3 +43,23 @@ def test_the_share_of_guarded_values_is_among_the_statistics() -> None:
     plain = optimizer_of(model)
     train(model, plain, [batch(0)])
     assert "guarded" not in plain.statistics()
+
+
+@pytest.mark.parametrize(("carry", "fresh"), [("reseed", True), ("rotate", False), ("keep", False)])
+def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: Any, fresh: bool) -> None:
+    """Means of equal weights: of one batch after a refresh at its step, of two after the next; else of all so far."""
+    approximation = EigenCorrected(KFAC(), carry=carry)
+    seen = [random_capture(number, "unshared") for number in range(4)]
+    layer = LayerCurvature(approximation.observe(seen[0]), None, KFAC().assemble(KFAC().observe(seen[0])))
+    for number, capture in enumerate(seen):
+        layer = layer.merge(approximation, approximation.observe(capture), 0.99)
+        if number % 2 == 0:
+            layer = layer.refresh(approximation, 0.1, "layer")
+            assert isinstance(layer.matrix, Spectral)
+            start = layer.matrix.values
+        layer = layer.correct(approximation, [capture], 0.99, 0.1)
+    assert isinstance(layer.matrix, Spectral)
+    third, fourth = (approximation.correct(layer.matrix, [capture], 0.0) for capture in seen[2:])
+    assert isinstance(third, Spectral) and isinstance(fourth, Spectral)
+    own, all_four = (third.values + fourth.values) / 2, (2 * start + third.values + fourth.values) / 4
+    assert_close(layer.matrix.values, own if fresh else all_four)

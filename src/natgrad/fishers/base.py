@@ -73,6 +73,11 @@ class Approximation(ABC):
         return type(self).correct is not Approximation.correct
 
     @property
+    def remeasures(self) -> bool:
+        """Whether the average that :meth:`correct` keeps starts anew with every matrix."""
+        return False
+
+    @property
     def keeps(self) -> bool:
         """Whether training keeps the matrix, to correct it or as ``previous``, and not its inverse alone."""
         return self.corrects

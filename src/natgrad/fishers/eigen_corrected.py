@@ -36,7 +36,8 @@ class EigenCorrected(Approximation):
     that of ``base``, and its trace is that of F. ``carry`` says what becomes of s when the basis is refreshed:
 
     * ``"rotate"``: the diagonal of the old matrix in the new basis, s' = (R_G^2) s (R_A^2)^T with R = Q_new^T Q_old;
-    * ``"reseed"``: the eigenvalues of ``base``;  * ``"keep"``: s as it is.
+    * ``"reseed"``: the eigenvalues of ``base`` until a batch has been measured in the new basis, which counts alone;
+    * ``"keep"``: s as it is.
 
     ``rule`` is the damping. Without one the matrix itself is damped exactly, (F + damping I)^-1, which is what
     Laplace and influence need, and training steps by ``Factored()`` on the margins of s: eigenvalues measured on few
@@ -87,6 +88,11 @@ class EigenCorrected(Approximation):
         """Damped by ``rule``, or by ``Factored()``."""
         assert isinstance(matrix, Spectral)
         return replace(matrix, rule=self.rule or Factored()).inverse(damping)
+
+    @property
+    def remeasures(self) -> bool:
+        """Where s is seeded anew."""
+        return self.carry == "reseed"
 
     @property
     def sides(self) -> tuple[bool, bool]:

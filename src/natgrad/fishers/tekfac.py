@@ -9,10 +9,10 @@ from natgrad.fishers.tkfac import TKFAC
 def TEKFAC() -> EigenCorrected:
     """EKFAC's correction in TKFAC's eigenbasis: F ~ Q diag(s) Q^T with s = E[(Q_S^T DW Q_P)^2].
 
-    Its Frobenius error is never above TKFAC's. When the basis is refreshed the eigenvalues are kept as they are, in
-    order; rotating them levels them out, and on CURVES training stayed on a plateau. Costs and options:
+    Its Frobenius error is never above TKFAC's. With each new basis the eigenvalues are measured anew: this basis
+    turns fast, and values that were measured along another one left CURVES on a plateau. Costs and options:
     :class:`EigenCorrected`; the paper's adaptive damping for convolutions is ``EigenCorrected(TKFAC(),
     rule=Relative())``, or ``TraceDamping`` for the whole network. Reference: Gao, Liu, Huang, Wang, Wang, Xu and Yu,
     arXiv 2011.13609.
     """
-    return EigenCorrected(TKFAC(), carry="keep")
+    return EigenCorrected(TKFAC(), carry="reseed")

@@ -117,6 +117,11 @@ class TwoLevel(Coupled):
         return self.base.corrects
 
     @property
+    def remeasures(self) -> bool:
+        """Whether ``base`` does."""
+        return self.base.remeasures
+
+    @property
     def keeps(self) -> bool:
         """Whether ``base`` does."""
         return self.base.keeps

@@ -18,7 +18,7 @@ from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
 
-_COUNTERS = ("observations", "failures", "retries", "refreshes")
+_COUNTERS = ("observations", "corrections", "failures", "retries", "refreshes")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LayerCurvature:
 
     ``matrix`` is kept where the approximation says so (:attr:`~natgrad.fishers.Approximation.keeps`), else ``None``.
     ``observations`` counts the batches in the statistics; with 0 the others are placeholders of the right shape.
+    ``corrections`` counts those in what is measured along the matrix, since it was made where that begins anew.
     ``failures`` counts refreshes that failed in a row, ``retries`` all factorisations repeated in float64;
     ``refreshes`` those that succeeded. ``damping`` is that of the inverse, and ``applied`` the inverse in the precision
     in which it is applied.
@@ -36,6 +37,7 @@ class LayerCurvature:
     matrix: Matrix | None
     inverse: LinearMap
     observations: int = 0
+    corrections: int = 0
     failures: int = 0
     retries: int = 0
     refreshes: int = 0
@@ -61,17 +63,17 @@ class LayerCurvature:
 
     def merge(self, approximation: Approximation, new: Stats, decay: float) -> Self:
         """Statistics with one more observation; the first ones weigh equally until ``decay`` is the larger weight."""
-        stats = approximation.merge(self.stats if self.ready else None, new, self._decay(decay))
+        stats = approximation.merge(self.stats if self.ready else None, new, _decay(self.observations, decay))
         return replace(self, stats=stats, observations=self.observations + 1)
 
     def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
         """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
         assert self.matrix is not None
-        previous = replace(self, observations=self.observations - 1)
-        matrix = approximation.correct(self.matrix, seen, previous._decay(decay))
+        matrix = approximation.correct(self.matrix, seen, _decay(self.corrections, decay))
         try:
             inverse = approximation.invert(matrix, damping)
-            return replace(self, matrix=matrix, inverse=inverse, damping=damping, applied=None)
+            corrections = self.corrections + 1
+            return replace(self, matrix=matrix, inverse=inverse, corrections=corrections, damping=damping, applied=None)
         except FactorisationError:
             return self
 
@@ -117,13 +119,9 @@ class LayerCurvature:
         matrix = approximation.assemble(stats, previous)
         inverse = approximation.invert(matrix, damping)
         kept = matrix if approximation.keeps else None
-        refreshes = self.refreshes + 1
-        return replace(
-            self, matrix=kept, inverse=inverse, damping=damping, applied=None, failures=0, refreshes=refreshes
-        )
-
-    def _decay(self, decay: float) -> float:
-        return min(1 - 1 / (self.observations + 1), decay)
+        renewed = replace(self, matrix=kept, inverse=inverse, damping=damping, applied=None, failures=0)
+        corrections = 0 if approximation.remeasures else self.corrections
+        return replace(renewed, corrections=corrections, refreshes=self.refreshes + 1)
 
     # In and out of a checkpoint.
 
@@ -152,3 +150,8 @@ class LayerCurvature:
             applied=None,
             **counters,
         )
+
+
+def _decay(batches: int, decay: float) -> float:
+    """The weight of an average of so many batches when one more comes in."""
+    return min(1 - 1 / (batches + 1), decay)
