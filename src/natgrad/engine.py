@@ -43,6 +43,17 @@ class Call:
     use: Layer
     gradients: list[Tensor | None] = field(default_factory=list)
 
+    @property
+    def positions(self) -> int:
+        """The number of positions of all examples."""
+        return self.x.numel() if self.use.adapter.tokens else self.x.shape[:-1].numel()
+
+    def of(self, n: int) -> Call:
+        """The same call as one of n examples, where positions had become examples: (n t, d) as (n, t, d)."""
+        if len(self.x) == n or self.x.ndim > 2 or len(self.x) % n:
+            return self
+        return replace(self, x=self.x.unflatten(0, (n, -1)), read=lambda y: self.read(y).unflatten(0, (n, -1)))
+
 
 @dataclass
 class Record:
@@ -106,6 +117,8 @@ class Record:
 
     def _reached(self, layer: Layer) -> list[Call]:
         calls = [call for call in self.calls.get(layer.name, ()) if any(g is not None for g in call.gradients)]
+        if len({call.positions for call in calls}) == 1:
+            calls = [call.of(min(len(call.x) for call in calls)) for call in calls]
         if len({len(call.x) for call in calls}) > 1:
             raise ValueError(
                 f"layer {layer.name!r} was called with batches of different sizes in one forward pass; its examples "
@@ -144,8 +157,7 @@ class Record:
         if isinstance(self.terms, Tensor):  # positions that neither are a loss term nor act on one do not count
             acts = (g != 0).any(-1).reshape(-1, n, t).any(0)
             if of == self.examples():
-                term = self.terms[:n] > 0
-                acts = acts | (term if term.shape[1] == t else term.any(1, keepdim=True))
+                acts = _counting(acts, self.terms[:n] > 0)
             kept = acts if kept is None else acts & kept
         return None if kept is None else kept.to(g.dtype)
 
@@ -182,14 +194,13 @@ class Engine:
     def watch(self, layers: Iterable[Layer]) -> None:
         """Record these layers, too."""
         self._last.remove()  # to be the last again: the model may be a layer
-        owners: dict[nn.Module, list[Layer]] = {}
-        for layer in layers:
-            if layer.owner is None:
-                for use in layer.uses:
-                    hook = Hook(self._layer_hook(layer, use))
-                    self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
+        owners: dict[nn.Module, list[tuple[Layer, Layer]]] = {}
+        for layer, use in ((layer, use) for layer in layers for use in layer.uses):
+            if use.owner is None:
+                hook = Hook(self._layer_hook(layer, use))
+                self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
             else:
-                owners.setdefault(layer.owner, []).append(layer)
+                owners.setdefault(use.owner, []).append((layer, use))
         for owner, used in owners.items():
             opening, closing = self._exposing_hooks(owner, used)
             self._handles.append(owner.register_forward_pre_hook(Hook(opening)))
@@ -275,14 +286,16 @@ class Engine:
 
         return hook
 
-    def _exposing_hooks(self, owner: nn.Module, layers: list[Layer]) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _exposing_hooks(
+        self, owner: nn.Module, used: list[tuple[Layer, Layer]]
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
         active: list[Exposed | None] = []
 
         def opening(module: nn.Module, args: tuple[Any, ...]) -> None:
             exposed = None
             if self.armed and self._training and module is owner:  # recorded or not: checkpoints repeat the operations
-                users = [(layer, layer.parameters[0], layer.adapter) for layer in layers]
-                exposed = Exposed(users, RULES, self._saw, self._unread)  # type: ignore[arg-type]
+                users = [((layer, use), layer.parameters[0], use.adapter) for layer, use in used]
+                exposed = Exposed(users, RULES, self._saw_inside, self._unread)  # type: ignore[arg-type]
                 exposed.__enter__()
             active.append(exposed)
 
@@ -307,8 +320,14 @@ class Engine:
             call.edge = get_gradient_edge(output)
         self._current.calls.setdefault(layer.name, []).append(call)
 
-    def _unread(self, layer: Layer, reason: str) -> None:
-        self.unread[layer.name] = reason
+    def _saw_inside(
+        self, used: tuple[Layer, Layer], x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]
+    ) -> None:
+        layer, use = used
+        self._saw(layer, x, output, read, use)
+
+    def _unread(self, used: tuple[Layer, Layer], reason: str) -> None:
+        self.unread[used[0].name] = reason
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._open is not None:
@@ -372,6 +391,18 @@ def _inputs(calls: list[Call], n: int) -> Tensor | Sparse:
     """The inputs of the first n examples of all these calls, as positions of one layer."""
     chosen = ((call.use.adapter, call.use.module, call.x[:n]) for call in calls)
     return joined([adapter.sparse(module, x) or adapter.inputs(module, x) for adapter, module, x in chosen])
+
+
+def _counting(acts: Tensor, term: Tensor) -> Tensor:
+    """The positions (n, t) that count: those that act on a loss term, and those whose gradient is 0 by chance.
+
+    The latter are loss terms themselves, where the layer has as many positions as there are terms, and lie between
+    positions that act: at the ends it is padding that has no gradient. If no term is ignored, all positions count.
+    """
+    some = acts.any(1, keepdim=True)
+    between = (acts.cumsum(1) > 0) & (acts.flip(1).cumsum(1) > 0).flip(1)
+    theirs = term if term.shape == acts.shape else term.any(1, keepdim=True)
+    return acts | (theirs & (between | ~some)) | term.all()
 
 
 def _gradient(call: Call, seed: int) -> Tensor:

@@ -231,7 +231,8 @@ def test_a_layer_that_is_never_seen_does_not_count_as_covered() -> None:
             self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.used(x), self.unused.weight, self.unused.bias)
+            weight, bias = self.unused.parameters()
+            return F.linear(self.used(x), weight, bias)
 
     model, x = Unused(), torch.randn(N, 3)
     optimizer = NaturalGradient(model, likelihood=Gaussian())

@@ -39,6 +39,28 @@ def written_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
     return parts
 
 
+@dataclass(frozen=True)
+class Written:
+    """A product with the weight of a module ``path`` inside, ``F.linear(x, self.path.weight)`` or its like.
+
+    ``transposed`` if it is ``x @ self.path.weight``; ``biased`` if the bias of the same module is added.
+    """
+
+    path: str
+    transposed: bool
+    biased: bool
+
+
+def written_uses(module: nn.Module) -> list[Written]:
+    """The products that a module's methods write with weights of modules inside."""
+    found = []
+    for name, uses in _uses(type(module)).items():  # type: ignore[arg-type]
+        path, _, last = name.rpartition(".")
+        if path and last == "weight":
+            found += [Written(path, use.transposed, use.bias == f"{path}.bias") for use in uses]
+    return found
+
+
 @cache
 def _uses(kind: Any) -> dict[str, list[_Use]]:
     """For every attribute that is a factor somewhere, the different ways of using it."""
@@ -92,9 +114,11 @@ def _is_linear(node: ast.AST) -> bool:
 
 
 def _matrix(node: ast.expr) -> tuple[str | None, bool]:
-    """The attribute, and whether it is transposed here."""
+    """The attribute ``name``, or ``path.name`` of a module inside, and whether it is transposed here."""
     match node:
         case ast.Attribute(value=inner, attr="T" | "mT") | ast.Call(func=ast.Attribute(value=inner, attr="t"), args=[]):
+            return _own(inner), True
+        case ast.Call(func=ast.Attribute(value=inner, attr="transpose"), args=[_, _]):
             return _own(inner), True
     return _own(node), False
 
@@ -103,4 +127,6 @@ def _own(node: ast.expr) -> str | None:
     match node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name):
             return name
+        case ast.Attribute(value=ast.Attribute() as inner, attr=name) if path := _own(inner):
+            return f"{path}.{name}"
     return None
