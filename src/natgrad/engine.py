@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -86,8 +86,9 @@ class Record:
         roles = [[call for call in calls if call.use.adapter.swapped == swapped] for swapped in (False, True)]
         roles = [role for role in roles if role]
         inputs = [_inputs(role, n) for role in roles]
+        kept = [self._kept(role, a, n) for role, a in zip(roles, inputs, strict=True)]
         for seed in range(len(calls[0].gradients)):
-            parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, strict=True)]
+            parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, kept, strict=True)]
             yield parts[0] if len(parts) == 1 else Together(parts)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
@@ -127,18 +128,25 @@ class Record:
         return calls
 
     def _capture(
-        self, layer: Layer, calls: list[Call], a: Tensor | Sparse, seed: int, n: int, sharing: Sharing
+        self,
+        layer: Layer,
+        calls: list[Call],
+        a: Tensor | Sparse,
+        kept: Tensor | None,
+        seed: int,
+        n: int,
+        sharing: Sharing,
     ) -> Capture:
-        """What these calls, all in one role, saw."""
-        g = torch.cat([call.use.adapter.outputs(call.use.module, _gradient(call, seed)[:n]) for call in calls], -2)
+        """What these calls, all in one role, saw at the positions (n, t) that are kept, or at all."""
+        g = _outputs(calls, seed, n)
         dtype = torch.promote_types(a.dtype, torch.float32)
         a, g = a.to(dtype), g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale
         t, swapped, of = g.shape[-2], calls[0].use.adapter.swapped, len(calls[0].x)
         rows: float | Tensor = float(n * t)
         used: float | Tensor = float(t)  # positions of each example
         examples: float | Tensor = float(n)
-        kept = self._kept(a, g, n, of)
         if kept is not None:
+            kept = kept.to(g.dtype)
             a, g = masked(a, g, kept)
             rows, examples, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
@@ -150,16 +158,17 @@ class Record:
         seen = Capture(a, g, count, rows, self.which, diagonal)
         return seen.swapped() if swapped else seen
 
-    def _kept(self, a: Tensor | Sparse, g: Tensor, n: int, of: int) -> Tensor | None:
-        """The positions (n, t) that count, 1 or 0; ``None`` for all: those with an input that act on a loss term."""
-        t = g.shape[-2]
+    def _kept(self, calls: list[Call], a: Tensor | Sparse, n: int) -> Tensor | None:
+        """The positions (n, t) that count; ``None`` for all: those with an input that act on a loss term."""
         kept = a.used if isinstance(a, Sparse) else None
-        if isinstance(self.terms, Tensor):  # positions that neither are a loss term nor act on one do not count
-            acts = (g != 0).any(-1).reshape(-1, n, t).any(0)
-            if of == self.examples():
+        if isinstance(self.terms, Tensor):
+            seeds = ((_outputs(calls, seed, n) != 0).any(-1) for seed in range(len(calls[0].gradients)))
+            acts = reduce(torch.logical_or, seeds)
+            acts = acts.reshape(-1, *acts.shape[-2:]).any(0)
+            if len(calls[0].x) == self.examples():
                 acts = _counting(acts, self.terms[:n] > 0)
             kept = acts if kept is None else acts & kept
-        return None if kept is None else kept.to(g.dtype)
+        return kept
 
 
 class Engine:
@@ -393,16 +402,20 @@ def _inputs(calls: list[Call], n: int) -> Tensor | Sparse:
     return joined([adapter.sparse(module, x) or adapter.inputs(module, x) for adapter, module, x in chosen])
 
 
-def _counting(acts: Tensor, term: Tensor) -> Tensor:
-    """The positions (n, t) that count: those that act on a loss term, and those whose gradient is 0 by chance.
+def _outputs(calls: list[Call], seed: int, n: int) -> Tensor:
+    """The output gradients of the first n examples of all these calls."""
+    return torch.cat([call.use.adapter.outputs(call.use.module, _gradient(call, seed)[:n]) for call in calls], -2)
 
-    The latter are loss terms themselves, where the layer has as many positions as there are terms, and lie between
-    positions that act: at the ends it is padding that has no gradient. If no term is ignored, all positions count.
+
+def _counting(acts: Tensor, term: Tensor) -> Tensor:
+    """The positions (n, t) that count: those that act on a loss term, and those that have no gradient by chance.
+
+    The latter come before one that acts (beyond the last there is padding), and are loss terms themselves where the
+    layer has as many positions as there are terms. If no term is ignored, all positions count.
     """
-    some = acts.any(1, keepdim=True)
-    between = (acts.cumsum(1) > 0) & (acts.flip(1).cumsum(1) > 0).flip(1)
+    before = acts.flip(1).cumsum(1).flip(1) > 0
     theirs = term if term.shape == acts.shape else term.any(1, keepdim=True)
-    return acts | (theirs & (between | ~some)) | term.all()
+    return acts | (theirs & (before | ~acts.any(1, keepdim=True))) | term.all()
 
 
 def _gradient(call: Call, seed: int) -> Tensor:
