@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,14 @@ class Call:
     """One call of one layer: what was read of it, where its output stands in the graph, and the gradients of the seeds.
 
     ``read`` brings a gradient into the form (n, ...) that x has. ``use`` is the layer, or of a weight that several
-    modules share the use that this is.
+    modules share the use that this is. ``output`` refers to the output while it lives.
     """
 
     x: Tensor
     edge: GradientEdge | None
     read: Callable[[Tensor], Tensor]
     use: Layer
+    output: Callable[[], Tensor | None]
     gradients: list[Tensor | None] = field(default_factory=list)
 
     @property
@@ -204,7 +206,7 @@ class Engine:
         """Record these layers, too."""
         self._last.remove()  # to be the last again: the model may be a layer
         owners: dict[nn.Module, list[tuple[Layer, Layer]]] = {}
-        for layer, use in ((layer, use) for layer in layers for use in layer.uses):
+        for layer, use in [(layer, use) for layer in layers for use in layer.uses]:
             if use.owner is None:
                 hook = Hook(self._layer_hook(layer, use))
                 self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
@@ -321,13 +323,16 @@ class Engine:
         """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""
         if self._current is None or not output.requires_grad or not layer.parameters[0].requires_grad:
             return
-        call = Call(x, None, read, use or layer)
+        calls = self._current.calls.setdefault(layer.name, [])
+        if any(call.output() is output for call in calls):  # a module called where its weight is looked out for
+            return
+        call = Call(x, None, read, use or layer, ref(output))
         self._count(x)
         if self.labels is None:
             output.register_hook(_gather(self._current, call))
         else:
             call.edge = get_gradient_edge(output)
-        self._current.calls.setdefault(layer.name, []).append(call)
+        calls.append(call)
 
     def _saw_inside(
         self, used: tuple[Layer, Layer], x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]

@@ -205,7 +205,7 @@ def _written(model: nn.Module) -> Iterator[tuple[nn.Parameter, Layer | None]]:
             if module is None or weight is None:
                 continue
             known = adapter_of(module)
-            adapter = by_hand(use, module, known) if known else None
+            adapter = by_hand(use, known, len(weight)) if known else None
             yield weight, Layer(f"{prefix}{use.path}.weight", module, adapter, owner) if adapter else None
 
 

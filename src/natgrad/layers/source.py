@@ -57,7 +57,8 @@ def written_uses(module: nn.Module) -> list[Written]:
     for name, uses in _uses(type(module)).items():  # type: ignore[arg-type]
         path, _, last = name.rpartition(".")
         if path and last == "weight":
-            found += [Written(path, use.transposed, use.bias == f"{path}.bias") for use in uses]
+            biased = all(use.bias == f"{path}.bias" for use in uses)
+            found += [Written(path, transposed, biased) for transposed in {use.transposed for use in uses}]
     return found
 
 

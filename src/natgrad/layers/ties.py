@@ -41,14 +41,13 @@ class WrittenHead(HeadAdapter):
         return slice(0, len(w)) if (w.shape, w.stride()) == (parameter.shape, parameter.stride()) else None
 
 
-def by_hand(use: Written, module: nn.Module, adapter: Adapter) -> Adapter | None:
-    """The adapter of a product with the weight of ``module``, which ``adapter`` reads; ``None`` if there is none."""
+def by_hand(use: Written, adapter: Adapter, size: int) -> Adapter | None:
+    """The adapter of a product with a weight of ``size`` rows, that ``adapter`` reads too, if there is one."""
     if use.transposed or not (adapter.tokens or type(adapter) is LinearAdapter):
         return None
     if adapter.tokens:
         return WrittenHead()
-    weight = module.get_parameter("weight")
-    return LinearPart("weight", "bias" if use.biased else None, len(weight))
+    return LinearPart("weight", "bias" if use.biased else None, size)
 
 
 def tied(modules: Sequence[nn.Module], adapters: Sequence[Adapter]) -> list[Adapter] | None:
