@@ -136,7 +136,7 @@ def gpt2(transformers: Any, **settings: Any) -> Any:
 def test_gpt2_is_covered_and_seen_and_trains(transformers: Any) -> None:
     model, ids = gpt2(transformers), sequences()
     likelihood = Categorical(output="logits", shift=1)
-    optimizer = assert_covered(model, lambda m: m(input_ids=ids, labels=ids).loss, likelihood=likelihood)
+    optimizer = assert_covered(model, lambda m: m(input_ids=ids, labels=ids).loss, likelihood=likelihood, steps=30)
     assert "transformer.wte = lm_head" in str(optimizer)
 
 
@@ -154,11 +154,14 @@ def test_the_loss_terms_of_a_causal_model_are_those_of_its_own_loss(transformers
     layers = cover(model).layers
     engine = Engine(model, layers.values(), Labels(likelihood, "empirical", targets=labels))
     engine.armed = True
-    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    output = model(input_ids=ids, attention_mask=mask, labels=labels)
+    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert abs((loss - output.loss).item()) < 1e-6  # the model's own is in float32
     loss.backward()
     (record,) = engine.everything()
     count = float((labels[:, 1:] != -100).sum())
     assert float(record.count()) == count
+    rows = {"transformer.wte": 2 * count, "transformer.wpe": LENGTH - 1}  # two uses, and positions that all share
     for name, layer in layers.items():  # what was captured adds up to the gradient of the model's own loss
         (seen,) = record.captures(layer)
         total = layer.unpack(sum(DW.sum(-3) for DW in seen.weight_gradients()) / count + torch.zeros(layer.shape))
@@ -166,23 +169,23 @@ def test_the_loss_terms_of_a_causal_model_are_those_of_its_own_loss(transformers
         size = torch.cat([g.flatten() for g in gradients]).norm().clamp(min=1e-6)
         for found, gradient in zip(total, layer.parts(gradients), strict=True):
             assert float((found - gradient).norm() / size) < 1e-10, name
-        assert float(seen.rows) == (2 * count if name == "transformer.wte" else count), name
+        assert float(seen.rows) == rows.get(name, count), name
 
 
-def test_bert_for_masked_words_is_covered_and_seen_and_trains(transformers: Any) -> None:
+def test_bert_with_its_tied_decoder_is_covered_and_seen_and_trains(transformers: Any) -> None:
     config = transformers.BertConfig(**BERT)
     model, ids = transformers.BertForMaskedLM(config).to(torch.get_default_dtype()).train(), sequences()
     masked = torch.arange(LENGTH) % 3 == 1
     padded = (torch.arange(LENGTH) < torch.randint(6, LENGTH + 1, (len(ids), 1))).long()
     labels = torch.where(masked & (padded == 1), ids, -100)
-    inputs = ids.masked_fill(masked, 1)
+    inputs = torch.where(masked, (ids + 7) % TOKENS, ids)  # every third word is wrong
     assert_covered(
         model,
         lambda m: m(input_ids=inputs, attention_mask=padded, labels=labels).loss,
         ("cls.predictions.bias",),
         likelihood=Categorical(output="logits", ignore_index=-100),
         targets=labels,
-        steps=16,
+        steps=20,
     )
 
 
@@ -199,6 +202,7 @@ def test_bert_for_classes_with_its_pooler_is_covered_and_seen_and_trains(transfo
     )
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_adapters_of_lora_are_covered_and_the_frozen_base_is_left_as_it_is(transformers: Any) -> None:
     peft = pytest.importorskip("peft")
     base, ids = gpt2(transformers), sequences()
@@ -210,7 +214,7 @@ def test_the_adapters_of_lora_are_covered_and_the_frozen_base_is_left_as_it_is(t
     assert report.covered == 1.0 and not report.fallbacks
     likelihood = Categorical(output="logits", shift=1)
     optimizer, losses = trained(
-        model, lambda m: m(input_ids=ids, labels=ids).loss, 30, likelihood=likelihood, strict=True
+        model, lambda m: m(input_ids=ids, labels=ids).loss, 15, likelihood=likelihood, strict=True
     )
     assert losses[-1] < 0.9 * losses[0]
     assert str(optimizer).splitlines()[-1].startswith("100.0 %")
