@@ -206,7 +206,7 @@ class Engine:
         """Record these layers, too."""
         self._last.remove()  # to be the last again: the model may be a layer
         owners: dict[nn.Module, list[tuple[Layer, Layer]]] = {}
-        for layer, use in [(layer, use) for layer in layers for use in layer.uses]:
+        for layer, use in [(one, use) for one in layers for use in one.uses]:
             if use.owner is None:
                 hook = Hook(self._layer_hook(layer, use))
                 self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))

@@ -164,20 +164,6 @@ def test_one_sequence_without_a_batch_is_one_example() -> None:
 # What is covered.
 
 
-def test_kfac_pytorch_issue_267_attention_is_listed_and_seen() -> None:
-    """https://github.com/gpauloski/kfac-pytorch/issues/267: the hooks of an attention's projections never fire."""
-    model, x = Attend(), torch.randn(16, T, E)
-    optimizer = NaturalGradient(model, likelihood=Gaussian())
-    for _ in range(2):
-        optimizer.zero_grad()
-        (0.5 * model(x).square().sum() / 16).backward()
-        optimizer.step()
-    table = repr(optimizer)
-    assert [line.split()[0] for line in table.splitlines()[2:6]] == list(slices_of(model.attn))
-    assert "AdamW" not in table and "not seen" not in table
-    assert table.splitlines()[-1].startswith("100.0 % of 168 trained parameters")
-
-
 def test_a_step_is_the_damped_inverse_of_every_block() -> None:
     model, x = Attend(), torch.randn(16, T, E)
     before = copy.deepcopy(model)
