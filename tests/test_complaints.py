@@ -69,7 +69,7 @@ def test_factors_are_those_of_the_loss_that_is_minimised_and_not_twice_as_large(
 
 
 class Pooled(nn.Module):
-    """T inputs, of which ``outputs`` sums are read: the layer has T positions and the loss as many as there are sums."""
+    """T inputs, of which ``outputs`` sums are read: the layer has T positions, the loss as many as sums."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every approximation is a Fisher, or what its facts say of it, on what layers of every kind have seen."""
+"""What layers of every kind have seen: per-example gradients, on which every approximation is what it says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ N = 6
 
 @dataclass(frozen=True)
 class Kind:
-    """A network with layers of a kind, its input, and those of its layers that are meant (all but a last one)."""
+    """A network with layers of a kind, its input, and the limit above which sides are diagonal."""
 
     make: Callable[[], nn.Module]
     x: Callable[[], Tensor]
@@ -66,6 +66,9 @@ LAYERS: dict[str, Kind] = {
     "RNN": Kind(lambda: Read(nn.RNN(3, 2, batch_first=True)), normal(3, 3)),
     "LSTM": Kind(lambda: Read(nn.LSTM(3, 2, 2, batch_first=True, bidirectional=True)), normal(3, 3)),
     "GRU": Kind(lambda: Read(nn.GRU(3, 2, 2, batch_first=True, bidirectional=True)), normal(3, 3)),
+    "RNN of two directions": Kind(lambda: Read(nn.RNN(3, 2, batch_first=True, bidirectional=True)), normal(3, 3)),
+    "RNNCell": Kind(lambda: Steps(nn.RNNCell(3, 2)), normal(3, 3)),
+    "GRUCell": Kind(lambda: Steps(nn.GRUCell(3, 2)), normal(3, 3)),
     "LSTMCell": Kind(lambda: Steps(nn.LSTMCell(3, 2)), normal(3, 3)),
     "a weight of two layers": Kind(Tower, normal(3, 4)),
     "an embedding that is the head": Kind(Language, tokens(7, 3)),
@@ -78,34 +81,48 @@ LAYERS: dict[str, Kind] = {
 }
 
 
+MIXED = ("BatchNorm1d", "1")
+"""In front of a batch normalisation in training the loss of one example depends on all: only the sum is defined."""
+
+
 @cache
-def seen(name: str) -> list[tuple[Layer, Capture]]:
-    """What the small layers of a network have seen, with labels at random."""
+def seen(name: str) -> tuple[list[tuple[Layer, Capture]], list[Tensor]]:
+    """What the layers of a network have seen, of half the square to random targets, and every example's loss."""
     torch.manual_seed(0)
     kind = LAYERS[name]
     model, x = kind.make(), kind.x()
     layers = cover(model, wide=kind.wide).layers
-    labels = Labels(Gaussian(), "empirical", targets=torch.randn_like(model(x)))
-    engine = Engine(model, layers.values(), labels, only_training=False)
+    y = torch.randn_like(model(x))
+    engine = Engine(model, layers.values(), Labels(Gaussian(), "empirical", targets=y), only_training=False)
     engine.armed = True
-    model(x)
+    output = model(x)
     engine.close()
     (record,) = engine.everything()
-    small = [layer for layer in layers.values() if layer.shape[-2:].numel() <= 64]
-    unlike = {(type(layer.adapter), layer.shape, len(layer.uses)): layer for layer in small}
-    return [(layer, capture) for layer in unlike.values() for capture in record.captures(layer)]
+    losses = [0.5 * each.square().sum() for each in output - y]
+    return [(layer, capture) for layer in layers.values() for capture in record.captures(layer)], losses
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_there_is_something_to_see(name: str) -> None:
-    assert seen(name)
-    assert any(float(capture.g.norm()) > 0.01 for _, capture in seen(name))
+def test_captured_gradients_are_those_of_every_example(name: str) -> None:
+    found, losses = seen(name)
+    assert found
+    for layer, capture in found:
+        gradients = [torch.autograd.grad(loss, layer.parameters, retain_graph=True) for loss in losses]
+        expected = torch.stack([layer.pack(list(each)) for each in gradients], -3)
+        (DW,) = capture.weight_gradients()
+        if (name, layer.name) == MIXED:
+            DW, expected = DW.sum(-3), expected.sum(-3)
+        scale = expected.norm().clamp(min=1e-3)  # a key's bias has gradients of rounding alone
+        assert DW.shape == expected.shape and float((DW - expected).norm() / scale) < 1e-10, layer.name
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_laws_on_what_layers_have_seen(case: Case, name: str) -> None:
-    for layer, capture in seen(name):
+    small = [pair for pair in seen(name)[0] if pair[0].shape[-2:].numel() <= 64]
+    unlike = {(type(layer.adapter), layer.shape, len(layer.uses)): (layer, capture) for layer, capture in small}
+    assert unlike
+    for layer, capture in unlike.values():
         if for_layer(case.make(), layer.kind) == case.make():  # else another row stands in
             assert_laws(case, capture)
 
