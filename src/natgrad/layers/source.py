@@ -69,14 +69,18 @@ def _uses(kind: Any) -> dict[str, list[_Use]]:
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # there is none to be had
-            continue
-        for name, use in _in(tree):
+        for name, use in (found for method in vars(base).values() for found in _in(_tree(method))):
             known = uses.setdefault(name, [])
             known += [] if use in known else [use]
     return uses
+
+
+def _tree(method: Any) -> ast.AST:
+    """The source of a method: unlike that of its class it can also be had in a notebook."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(method)) if inspect.isfunction(method) else "")
+    except (OSError, SyntaxError):  # there is none
+        return ast.parse("")
 
 
 def _in(node: ast.AST, bias: str | None = None) -> Iterator[tuple[str, _Use]]:
