@@ -129,7 +129,9 @@ def damped(matrix: Matrix, damping: float) -> Tensor:
     if isinstance(matrix, (Dense, Diagonal, LowRank)):
         return _plus(F, damping)
     if isinstance(matrix, OneSided):
-        return F + (damping + matrix.eps * _trace(matrix.factor))[..., None, None] * torch.eye(F.shape[-1])
+        return F + (damping + matrix.eps * _trace(_written_out(matrix.factor)))[..., None, None] * torch.eye(
+            F.shape[-1]
+        )
     if isinstance(matrix, Rows):
         ridge = damping + matrix.eps * _trace(matrix.values)
         return F + torch.diag_embed(ridge.repeat_interleave(matrix.shape[-1], -1))
@@ -148,7 +150,7 @@ def _by_rule(matrix: Kronecker | Spectral, rule: Any, F: Tensor, damping: float)
             return _by_rule(matrix, rule.rule, F, damping * float(mean.mean()))
         return F + damping * mean[..., None, None] * torch.eye(F.shape[-1])
     assert isinstance(matrix, Kronecker)
-    G, A = matrix.left, matrix.right
+    G, A = _written_out(matrix.left), _written_out(matrix.right)
     if isinstance(rule, Ridge):
         left, right = (X + damping * _trace(X)[..., None, None] * torch.eye(X.shape[-1]) for X in (G, A))
         return kron(left, right)
@@ -175,6 +177,11 @@ def _clamped(matrix: KroneckerSum, damping: float) -> Tensor:
 
 def _plus(F: Tensor, damping: float) -> Tensor:
     return F + damping * torch.eye(F.shape[-1])
+
+
+def _written_out(X: Tensor) -> Tensor:
+    """A side (d, d), or of a diagonal side the column (d, 1), as a matrix."""
+    return torch.diag_embed(X.squeeze(-1)) if X.shape[-1] == 1 else X
 
 
 def _trace(X: Tensor) -> Tensor:

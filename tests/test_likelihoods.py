@@ -84,6 +84,26 @@ CASES = {
             output.flatten(0, 1), y.flatten(), WEIGHT, ignore_index=2, label_smoothing=0.1
         ),
     ),
+    "causal, labels as the inputs": Case(
+        Categorical(shift=1),
+        normal(5, 3, 4),
+        classes(5, 3),
+        lambda output, y: F.cross_entropy(output[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    ),
+    "causal by two, weighted, smoothed and ignored": Case(
+        Categorical(shift=2, ignore_index=-100, weight=WEIGHT, label_smoothing=0.1),
+        normal(5, 4, 4),
+        lambda: torch.cat([TOKENS, TOKENS[:, :1]], 1),
+        lambda output, y: F.cross_entropy(
+            output[:, :-2].flatten(0, 1), y[:, 2:].flatten(), WEIGHT, label_smoothing=0.1
+        ),
+    ),
+    "causal, classes in the middle": Case(
+        Categorical(shift=1, class_dim=1),
+        normal(5, 4, 3),
+        classes(5, 3),
+        lambda output, y: F.cross_entropy(output[:, :, :-1], y[:, 1:]),
+    ),
     "bernoulli summed": Case(
         Bernoulli(),
         normal(5, 4),

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,26 @@ class Call:
     """One call of one layer: what was read of it, where its output stands in the graph, and the gradients of the seeds.
 
     ``read`` brings a gradient into the form (n, ...) that x has. ``use`` is the layer, or of a weight that several
-    modules share the use that this is.
+    modules share the use that this is. ``output`` refers to the output while it lives.
     """
 
     x: Tensor
     edge: GradientEdge | None
     read: Callable[[Tensor], Tensor]
     use: Layer
+    output: Callable[[], Tensor | None]
     gradients: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def positions(self) -> int:
+        """The number of positions of all examples."""
+        return self.x.numel() if self.use.adapter.tokens else self.x.shape[:-1].numel()
+
+    def of(self, n: int) -> Call:
+        """The same call as one of n examples, where positions had become examples: (n t, d) as (n, t, d)."""
+        if len(self.x) == n or self.x.ndim > 2 or len(self.x) % n:
+            return self
+        return replace(self, x=self.x.unflatten(0, (n, -1)), read=lambda y: self.read(y).unflatten(0, (n, -1)))
 
 
 @dataclass
@@ -75,8 +88,9 @@ class Record:
         roles = [[call for call in calls if call.use.adapter.swapped == swapped] for swapped in (False, True)]
         roles = [role for role in roles if role]
         inputs = [_inputs(role, n) for role in roles]
+        kept = [self._kept(role, a, n) for role, a in zip(roles, inputs, strict=True)]
         for seed in range(len(calls[0].gradients)):
-            parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, strict=True)]
+            parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, kept, strict=True)]
             yield parts[0] if len(parts) == 1 else Together(parts)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
@@ -106,6 +120,8 @@ class Record:
 
     def _reached(self, layer: Layer) -> list[Call]:
         calls = [call for call in self.calls.get(layer.name, ()) if any(g is not None for g in call.gradients)]
+        if len({call.positions for call in calls}) == 1:
+            calls = [call.of(min(len(call.x) for call in calls)) for call in calls]
         if len({len(call.x) for call in calls}) > 1:
             raise ValueError(
                 f"layer {layer.name!r} was called with batches of different sizes in one forward pass; its examples "
@@ -114,18 +130,25 @@ class Record:
         return calls
 
     def _capture(
-        self, layer: Layer, calls: list[Call], a: Tensor | Sparse, seed: int, n: int, sharing: Sharing
+        self,
+        layer: Layer,
+        calls: list[Call],
+        a: Tensor | Sparse,
+        kept: Tensor | None,
+        seed: int,
+        n: int,
+        sharing: Sharing,
     ) -> Capture:
-        """What these calls, all in one role, saw."""
-        g = torch.cat([call.use.adapter.outputs(call.use.module, _gradient(call, seed)[:n]) for call in calls], -2)
+        """What these calls, all in one role, saw at the positions (n, t) that are kept, or at all."""
+        g = _outputs(calls, seed, n)
         dtype = torch.promote_types(a.dtype, torch.float32)
         a, g = a.to(dtype), g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale
         t, swapped, of = g.shape[-2], calls[0].use.adapter.swapped, len(calls[0].x)
         rows: float | Tensor = float(n * t)
         used: float | Tensor = float(t)  # positions of each example
         examples: float | Tensor = float(n)
-        kept = self._kept(a, g, n, of)
         if kept is not None:
+            kept = kept.to(g.dtype)
             a, g = masked(a, g, kept)
             rows, examples, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
@@ -137,17 +160,17 @@ class Record:
         seen = Capture(a, g, count, rows, self.which, diagonal)
         return seen.swapped() if swapped else seen
 
-    def _kept(self, a: Tensor | Sparse, g: Tensor, n: int, of: int) -> Tensor | None:
-        """The positions (n, t) that count, 1 or 0; ``None`` for all: those with an input that act on a loss term."""
-        t = g.shape[-2]
+    def _kept(self, calls: list[Call], a: Tensor | Sparse, n: int) -> Tensor | None:
+        """The positions (n, t) that count; ``None`` for all: those with an input that act on a loss term."""
         kept = a.used if isinstance(a, Sparse) else None
-        if isinstance(self.terms, Tensor):  # positions that neither are a loss term nor act on one do not count
-            acts = (g != 0).any(-1).reshape(-1, n, t).any(0)
-            if of == self.examples():
-                term = self.terms[:n] > 0
-                acts = acts | (term if term.shape[1] == t else term.any(1, keepdim=True))
+        if isinstance(self.terms, Tensor):
+            seeds = ((_outputs(calls, seed, n) != 0).any(-1) for seed in range(len(calls[0].gradients)))
+            acts = reduce(torch.logical_or, seeds)
+            acts = acts.reshape(-1, *acts.shape[-2:]).any(0)
+            if len(calls[0].x) == self.examples():
+                acts = _counting(acts, self.terms[:n] > 0)
             kept = acts if kept is None else acts & kept
-        return None if kept is None else kept.to(g.dtype)
+        return kept
 
 
 class Engine:
@@ -182,14 +205,13 @@ class Engine:
     def watch(self, layers: Iterable[Layer]) -> None:
         """Record these layers, too."""
         self._last.remove()  # to be the last again: the model may be a layer
-        owners: dict[nn.Module, list[Layer]] = {}
-        for layer in layers:
-            if layer.owner is None:
-                for use in layer.uses:
-                    hook = Hook(self._layer_hook(layer, use))
-                    self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
+        owners: dict[nn.Module, list[tuple[Layer, Layer]]] = {}
+        for layer, use in [(one, use) for one in layers for use in one.uses]:
+            if use.owner is None:
+                hook = Hook(self._layer_hook(layer, use))
+                self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
             else:
-                owners.setdefault(layer.owner, []).append(layer)
+                owners.setdefault(use.owner, []).append((layer, use))
         for owner, used in owners.items():
             opening, closing = self._exposing_hooks(owner, used)
             self._handles.append(owner.register_forward_pre_hook(Hook(opening)))
@@ -275,14 +297,16 @@ class Engine:
 
         return hook
 
-    def _exposing_hooks(self, owner: nn.Module, layers: list[Layer]) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _exposing_hooks(
+        self, owner: nn.Module, used: list[tuple[Layer, Layer]]
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
         active: list[Exposed | None] = []
 
         def opening(module: nn.Module, args: tuple[Any, ...]) -> None:
             exposed = None
             if self.armed and self._training and module is owner:  # recorded or not: checkpoints repeat the operations
-                users = [(layer, layer.parameters[0], layer.adapter) for layer in layers]
-                exposed = Exposed(users, RULES, self._saw, self._unread)  # type: ignore[arg-type]
+                users = [((layer, use), layer.parameters[0], use.adapter) for layer, use in used]
+                exposed = Exposed(users, RULES, self._saw_inside, self._unread)  # type: ignore[arg-type]
                 exposed.__enter__()
             active.append(exposed)
 
@@ -299,16 +323,25 @@ class Engine:
         """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""
         if self._current is None or not output.requires_grad or not layer.parameters[0].requires_grad:
             return
-        call = Call(x, None, read, use or layer)
+        calls = self._current.calls.setdefault(layer.name, [])
+        if any(call.output() is output for call in calls):  # a module called where its weight is looked out for
+            return
+        call = Call(x, None, read, use or layer, ref(output))
         self._count(x)
         if self.labels is None:
             output.register_hook(_gather(self._current, call))
         else:
             call.edge = get_gradient_edge(output)
-        self._current.calls.setdefault(layer.name, []).append(call)
+        calls.append(call)
 
-    def _unread(self, layer: Layer, reason: str) -> None:
-        self.unread[layer.name] = reason
+    def _saw_inside(
+        self, used: tuple[Layer, Layer], x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]
+    ) -> None:
+        layer, use = used
+        self._saw(layer, x, output, read, use)
+
+    def _unread(self, used: tuple[Layer, Layer], reason: str) -> None:
+        self.unread[used[0].name] = reason
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._open is not None:
@@ -372,6 +405,22 @@ def _inputs(calls: list[Call], n: int) -> Tensor | Sparse:
     """The inputs of the first n examples of all these calls, as positions of one layer."""
     chosen = ((call.use.adapter, call.use.module, call.x[:n]) for call in calls)
     return joined([adapter.sparse(module, x) or adapter.inputs(module, x) for adapter, module, x in chosen])
+
+
+def _outputs(calls: list[Call], seed: int, n: int) -> Tensor:
+    """The output gradients of the first n examples of all these calls."""
+    return torch.cat([call.use.adapter.outputs(call.use.module, _gradient(call, seed)[:n]) for call in calls], -2)
+
+
+def _counting(acts: Tensor, term: Tensor) -> Tensor:
+    """The positions (n, t) that count: those that act on a loss term, and those that have no gradient by chance.
+
+    The latter come before one that acts (beyond the last there is padding), and are loss terms themselves where the
+    layer has as many positions as there are terms. If no term is ignored, all positions count.
+    """
+    before = acts.flip(1).cumsum(1).flip(1) > 0
+    theirs = term if term.shape == acts.shape else term.any(1, keepdim=True)
+    return acts | (theirs & (before | ~acts.any(1, keepdim=True))) | term.all()
 
 
 def _gradient(call: Call, seed: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,6 +186,131 @@ def test_reconstruction_leaves_shared_weights_and_tokens_alone() -> None:
     natgrad.reconstruct(model, [(torch.randint(V, (N, T)), torch.zeros(N))])
     assert natgrad.restore(model) is model
     assert isinstance(model.head.weight, nn.Parameter) and model.head.weight is model.embed.weight
+
+
+# Products that are written out.
+
+
+class ByLinear(Language):
+    """The head is written as a product with the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        return self.head_of(torch.tanh(self.inner(h)).cumsum(1) + h).mT
+
+    def head_of(self, h: Tensor) -> Tensor:
+        return nn.functional.linear(h, self.embed.weight)
+
+
+class ByMatmul(ByLinear):
+    def head_of(self, h: Tensor) -> Tensor:
+        return h @ self.embed.weight.T
+
+
+class ByTranspose(ByLinear):
+    def head_of(self, h: Tensor) -> Tensor:
+        return torch.matmul(h, self.embed.weight.transpose(0, 1))
+
+
+class Flattened(ByLinear):
+    def head_of(self, h: Tensor) -> Tensor:
+        return (h.reshape(-1, D) @ self.embed.weight.t()).view(*h.shape[:-1], V)
+
+
+class FlatHead(Language):
+    """The head is called on all states as one batch."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        h = torch.tanh(self.inner(h)).cumsum(1) + h
+        return self.head(h.flatten(0, 1)).unflatten(0, ids.shape).mT
+
+
+@pytest.mark.parametrize("make", [ByLinear, ByMatmul, ByTranspose, Flattened, FlatHead])
+def test_a_head_that_is_written_as_a_product_or_called_on_flat_states(make: type[Language]) -> None:
+    model, ids, y = make(), torch.randint(V, (N, T)), torch.randn(N, V, T)
+    layer = cover(model).layers["embed"]
+    assert layer.kind == "mixed" and len(layer.uses) == 2 and not cover(model).uncovered
+    record = recorded(model, ids, y)
+    (seen,) = record.captures(layer)
+    expected = language_gradients(model, ids, y)
+    (DW,) = seen.weight_gradients()
+    assert_equal(DW, expected)
+    assert seen.rows == 2 * N * T
+    direction = torch.randn(V, D)
+    u = record.directional(layer, [direction])
+    assert u is not None
+    assert_equal(u, torch.einsum("noi,io->n", expected, direction).unsqueeze(0))
+
+
+class Again(nn.Module, ABC):
+    """A linear layer that is called, and multiplied with in a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.read = nn.Linear(D, D), nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).mean(1)
+        return self.read(torch.tanh(self.again(h) + h))
+
+    @abstractmethod
+    def again(self, h: Tensor) -> Tensor: ...
+
+
+class Written(Again):
+    def again(self, h: Tensor) -> Tensor:
+        return nn.functional.linear(h, self.first.weight)
+
+
+class WrittenWithBias(Again):
+    def again(self, h: Tensor) -> Tensor:
+        return h @ self.first.weight.T + self.first.bias
+
+
+@pytest.mark.parametrize("make", [Written, WrittenWithBias])
+def test_a_linear_layer_that_is_also_multiplied_with(make: type[Again]) -> None:
+    model, x, y = make(), torch.randn(N, T, D), torch.randn(N, 2)
+    biased = make is WrittenWithBias
+    coverage = cover(model)
+    layer = coverage.layers["first"]
+    assert len(layer.uses) == 2 and set(coverage.uncovered) == (set() if biased else {"first.bias"})
+    (seen,) = recorded(model, x, y).captures(layer)
+    (DW,) = seen.weight_gradients()
+    assert_equal(DW, per_example_gradients(model, half_square, x, y)["first"][..., : D + biased])
+    trained(model, x, y)
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Without a likelihood the gradients are those of the user's backward pass, and also seen once."""
+    engine = Engine(model, cover(model).layers.values())
+    engine.armed = True
+    half_square(model(x), y).backward()
+    engine.close()
+    (record,) = engine.everything()
+    for layer in cover(model).layers.values():
+        (seen,) = record.captures(layer)
+        total = layer.unpack(sum(DW.sum(0) for DW in seen.weight_gradients()) + torch.zeros(layer.shape))
+        for found, p in zip(total, layer.parameters, strict=True):
+            assert p.grad is not None
+            assert_equal(found, p.grad)
+
+
+class Decoder(Again):
+    """Tied weights of an auto-encoder."""
+
+    def again(self, h: Tensor) -> Tensor:
+        return h @ self.first.weight
+
+
+def test_a_product_that_has_no_common_block_leaves_the_weight_uncovered_with_the_reason() -> None:
+    assert list(cover(Decoder()).layers) == ["read"]
+    reason = "used by a module, and by hand in a way that has no common block"
+    assert cover(Decoder()).uncovered["first.weight"] == reason
 
 
 def test_the_exact_fisher_of_a_tied_weight() -> None:

@@ -136,7 +136,8 @@ class Functional(nn.Module):
         self.seen, self.hidden = nn.Linear(5, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.seen(x), self.hidden.weight, self.hidden.bias)
+        weight, bias = self.hidden.parameters()
+        return F.linear(self.seen(x), weight, bias)
 
 
 def test_a_layer_that_was_never_seen_follows_the_schedule_under_adamw() -> None:

@@ -97,7 +97,8 @@ def test_a_weight_that_is_used_without_its_layer_is_trained_by_adamw() -> None:
             self.seen, self.hidden = nn.Linear(5, 5), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.seen(x), self.hidden.weight, self.hidden.bias)
+            weight, bias = self.hidden.parameters()
+            return F.linear(self.seen(x), weight, bias)
 
     torch.manual_seed(0)
     model = Functional()

@@ -123,9 +123,13 @@ def test_the_loss_over_a_set_is_a_mean_over_words_however_it_is_split(tiny_task:
     assert mean_loss(replace(tiny_task, chunk=7), model, found.train) == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_natural_step_does_not_depend_on_how_far_sentences_as_long_as_their_translations_are_padded() -> None:
+@pytest.mark.parametrize("lengths", [(1, 2, 3, 3), (3, 1, 2, 1)], ids=["as long", "longer or shorter"])
+def test_a_natural_step_does_not_depend_on_how_far_sentences_and_translations_are_padded(
+    lengths: tuple[int, ...],
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    pairs = [(torch.randint(4, 9, (n,), generator=generator).tolist(), [4, 5, 6][:n]) for n in (1, 2, 3, 3)]
+    sources = [torch.randint(4, 9, (n,), generator=generator).tolist() for n in (1, 2, 3, 3)]
+    pairs = [(source, [4, 5, 6][:n]) for source, n in zip(sources, lengths, strict=True)]
     task, stepped = TASKS["multi30k"], []
     for length in (4, 6):
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ from natgrad.layers.functional import Exposed, Rule
 from natgrad.layers.jet import JetAdapter
 from natgrad.layers.linear import BilinearAdapter, LinearAdapter, TransposedLinearAdapter
 from natgrad.layers.norm import BatchNormAdapter, GroupNormAdapter, InstanceNormAdapter, LayerNormAdapter
-from natgrad.layers.ties import tied, with_biases
+from natgrad.layers.ties import by_hand, tied, with_biases
 from natgrad.sparse import Sparse, SparseCapture
 
 WIDE = 8192
@@ -195,6 +195,27 @@ def _layers_of(name: str, module: nn.Module) -> Iterator[Layer]:
         yield Layer(prefix + part, holder, reader, module)
 
 
+def _written(model: nn.Module) -> Iterator[tuple[nn.Parameter, Layer | None]]:
+    """The weights of modules that methods of other modules multiply with; ``None`` where nothing reads such a use."""
+    for name, owner in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for use in source.written_uses(owner):
+            module = _inside(owner, use.path)
+            weight = module._parameters.get("weight") if module else None
+            if module is None or weight is None:
+                continue
+            known = adapter_of(module)
+            adapter = by_hand(use, known, len(weight)) if known else None
+            yield weight, Layer(f"{prefix}{use.path}.weight", module, adapter, owner) if adapter else None
+
+
+def _inside(owner: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return owner.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True, wide: int | None = WIDE) -> Coverage:
     """Find the layers of ``model`` that have an adapter, and say why the other parameters have none.
 
@@ -224,7 +245,10 @@ def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True
     sharing: dict[tuple[nn.Parameter, str], list[Layer]] = {}
     for layer in usable:
         sharing.setdefault((layer.parameters[0], layer.name if layer.owner else ""), []).append(layer)
-    joined = (_joined(alike, users) for alike in sharing.values())
+    hands: dict[nn.Parameter, list[Layer | None]] = {}
+    for weight, use in _written(model):
+        hands.setdefault(weight, []).append(use)
+    joined = (_joined(alike, users, hands.get(alike[0].parameters[0], ())) for alike in sharing.values())
     layers = {layer.name: replace(layer, diagonal=_diagonal(layer, wide)) for layer in joined if layer}
     covered = {id(p) for layer in layers.values() for p in layer.parameters}
     left = {names[0]: p for p, names in uses.items() if p.requires_grad and id(p) not in covered}
@@ -233,16 +257,25 @@ def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True
     for name, p in left.items():
         owner = owners.get(id(p))
         reasons[name] = _reason(model, name, uses[p], excluded, owner, functional, covered)
+        if None in hands.get(p, ()) and not _within(name, excluded):
+            reasons[name] = "used by a module, and by hand in a way that has no common block"
     return Coverage(layers, reasons)
 
 
-def _joined(alike: Sequence[Layer], users: Mapping[nn.Parameter, Sequence[nn.Module]]) -> Layer | None:
-    """The layer of all these uses of a weight; ``None`` where something else uses it too."""
-    first, modules = alike[0], [layer.module for layer in alike]
-    if first.owner:
-        return first if all(len(users[p]) == 1 for p in first.parameters) else None
-    if set(users[first.parameters[0]]) != set(modules):
+def _joined(
+    alike: Sequence[Layer], users: Mapping[nn.Parameter, Sequence[nn.Module]], hands: Sequence[Layer | None]
+) -> Layer | None:
+    """The layer of all these uses of a weight, and of those by hand; ``None`` where something else uses it too."""
+    first = alike[0]
+    written = [use for use in hands if use]
+    if len(written) < len(hands):
         return None
+    if first.owner:
+        return first if not hands and all(len(users[p]) == 1 for p in first.parameters) else None
+    if set(users[first.parameters[0]]) != {layer.module for layer in alike}:
+        return None
+    alike = [*alike, *written]
+    modules = [layer.module for layer in alike]
     adapters = tied(modules, [layer.adapter for layer in alike])
     if adapters is None:
         return None

@@ -39,7 +39,7 @@ class LinearPart(LinearAdapter):
 
     def has_bias(self, module: nn.Module) -> bool:
         """Whether the block has a bias column."""
-        return is_trained(module, self.bias)
+        return not self.weight_only and is_trained(module, self.bias)
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
         """The whole parameters that the part belongs to."""

@@ -39,6 +39,29 @@ def written_parts(module: nn.Module) -> dict[str, tuple[nn.Module, LinearPart]]:
     return parts
 
 
+@dataclass(frozen=True)
+class Written:
+    """A product with the weight of a module ``path`` inside, ``F.linear(x, self.path.weight)`` or its like.
+
+    ``transposed`` if it is ``x @ self.path.weight``; ``biased`` if the bias of the same module is added.
+    """
+
+    path: str
+    transposed: bool
+    biased: bool
+
+
+def written_uses(module: nn.Module) -> list[Written]:
+    """The products that a module's methods write with weights of modules inside."""
+    found = []
+    for name, uses in _uses(type(module)).items():  # type: ignore[arg-type]
+        path, _, last = name.rpartition(".")
+        if path and last == "weight":
+            biased = all(use.bias == f"{path}.bias" for use in uses)
+            found += [Written(path, transposed, biased) for transposed in {use.transposed for use in uses}]
+    return found
+
+
 @cache
 def _uses(kind: Any) -> dict[str, list[_Use]]:
     """For every attribute that is a factor somewhere, the different ways of using it."""
@@ -46,14 +69,18 @@ def _uses(kind: Any) -> dict[str, list[_Use]]:
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # there is none to be had
-            continue
-        for name, use in _in(tree):
+        for name, use in (found for method in vars(base).values() for found in _in(_tree(method))):
             known = uses.setdefault(name, [])
             known += [] if use in known else [use]
     return uses
+
+
+def _tree(method: Any) -> ast.AST:
+    """The source of a method: unlike that of its class it can also be had in a notebook."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(method)) if inspect.isfunction(method) else "")
+    except (OSError, SyntaxError):  # there is none
+        return ast.parse("")
 
 
 def _in(node: ast.AST, bias: str | None = None) -> Iterator[tuple[str, _Use]]:
@@ -92,9 +119,11 @@ def _is_linear(node: ast.AST) -> bool:
 
 
 def _matrix(node: ast.expr) -> tuple[str | None, bool]:
-    """The attribute, and whether it is transposed here."""
+    """The attribute ``name``, or ``path.name`` of a module inside, and whether it is transposed here."""
     match node:
         case ast.Attribute(value=inner, attr="T" | "mT") | ast.Call(func=ast.Attribute(value=inner, attr="t"), args=[]):
+            return _own(inner), True
+        case ast.Call(func=ast.Attribute(value=inner, attr="transpose"), args=[_, _]):
             return _own(inner), True
     return _own(node), False
 
@@ -103,4 +132,6 @@ def _own(node: ast.expr) -> str | None:
     match node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name):
             return name
+        case ast.Attribute(value=ast.Attribute() as inner, attr=name) if path := _own(inner):
+            return f"{path}.{name}"
     return None

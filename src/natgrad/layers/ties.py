@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad.layers.base import Adapter
+from natgrad.layers.functional import LinearPart
 from natgrad.layers.linear import LinearAdapter
+from natgrad.layers.source import Written
 
 
 class HeadAdapter(LinearAdapter):
@@ -31,14 +33,31 @@ class HeadAdapter(LinearAdapter):
         return F.linear(x, tensors[0])
 
 
+class WrittenHead(HeadAdapter):
+    """The same where the product is written out: ``F.linear(h, self.embed.weight)``, ``h @ self.embed.weight.T``."""
+
+    def within(self, parameter: Tensor, w: Tensor) -> slice | None:
+        """All rows, where w is the weight."""
+        return slice(0, len(w)) if (w.shape, w.stride()) == (parameter.shape, parameter.stride()) else None
+
+
+def by_hand(use: Written, adapter: Adapter, size: int) -> Adapter | None:
+    """The adapter of a product with a weight of ``size`` rows, that ``adapter`` reads too, if there is one."""
+    if use.transposed or not (adapter.tokens or type(adapter) is LinearAdapter):
+        return None
+    if adapter.tokens:
+        return WrittenHead()
+    return LinearPart("weight", "bias" if use.biased else None, size)
+
+
 def tied(modules: Sequence[nn.Module], adapters: Sequence[Adapter]) -> list[Adapter] | None:
     """The adapters of modules that share their weight, such that all have one block; ``None`` if there is no such.
 
     Modules of one kind have one, and so have embeddings and linear heads.
     """
-    if all(adapter.tokens or type(adapter) is LinearAdapter for adapter in adapters):
+    if all(adapter.tokens or type(adapter) in (LinearAdapter, LinearPart, WrittenHead) for adapter in adapters):
         if any(adapter.tokens for adapter in adapters):
-            return [adapter if adapter.tokens else HeadAdapter() for adapter in adapters]
+            return [HeadAdapter() if type(adapter) is LinearAdapter else adapter for adapter in adapters]
         return list(adapters)
     same = {(type(adapter), getattr(module, "groups", 1)) for module, adapter in zip(modules, adapters, strict=True)}
     return list(adapters) if len(same) == 1 else None

@@ -21,12 +21,16 @@ class Categorical(Likelihood):
     class weights (label smoothing does not change it), else (1 - smoothing) weight[target] + smoothing mean(weight);
     where targets are unknown their expectation under p. A term counts weight[target] in the number of terms, as in
     torch's mean (which leaves smoothing out of the divisor).
+
+    ``shift``: the output (n, T, C) at position t predicts the target at t + ``shift``, and the last ``shift`` positions
+    are no loss terms. It is 1 for the causal models of transformers, which move their labels themselves.
     """
 
     class_dim: int = -1
     label_smoothing: float = 0.0
     weight: Tensor | None = None
     ignore_index: int | None = None
+    shift: int = 0
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
@@ -34,6 +38,8 @@ class Categorical(Likelihood):
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
         if self.weight is not None and (self.weight.ndim != 1 or not (self.weight >= 0).all()):
             raise ValueError("weight must be a vector of numbers >= 0, one per class")
+        if not isinstance(self.shift, int) or isinstance(self.shift, bool) or self.shift < 0:
+            raise ValueError(f"shift must be a whole number of at least 0, got {self.shift!r}")
 
     def check(self, output: Tensor) -> None:
         """At least two classes, and as many as there are class weights."""
@@ -44,6 +50,11 @@ class Categorical(Likelihood):
             )
         if self.weight is not None and len(self.weight) != output.shape[self.class_dim]:
             raise ValueError(f"{len(self.weight)} class weights for {output.shape[self.class_dim]} classes")
+        if self.shift and (output.ndim != 3 or self.events(output).shape[1] <= self.shift):
+            raise ValueError(
+                f"Categorical(shift={self.shift}) needs sequences of more than {self.shift} positions, got an output "
+                f"of shape {tuple(output.shape)}"
+            )
 
     def check_targets(self, output: Tensor, targets: Tensor) -> None:
         """Class indices (n, ...), one per term, in range."""
@@ -70,12 +81,12 @@ class Categorical(Likelihood):
         return self._unless_ignored((1 - self.label_smoothing) * self._chosen(output, targets) + everywhere, targets)
 
     def counted(self, output: Tensor, targets: Tensor | None) -> Tensor | None:
-        """weight[target], 0 where the target is ``ignore_index``."""
+        """weight[target], 0 where the target is ``ignore_index`` or beyond the end."""
         if self.ignore_index is not None and targets is None:
             raise ValueError(
                 "Categorical(ignore_index=...) needs to know the targets: call optimizer.targets(y) before the forward"
             )
-        if self.weight is None and self.ignore_index is None:
+        if self.weight is None and self.ignore_index is None and not self.shift:
             return None
         return self._unless_ignored(self._chosen(output, targets), targets)
 
@@ -98,13 +109,12 @@ class Categorical(Likelihood):
     def nll(self, output: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, summed."""
         events = self.events(output).flatten(0, 1)
-        ignored = -100 if self.ignore_index is None else self.ignore_index
         weight = None if self.weight is None else self._class_weight(events)
         return F.cross_entropy(
             events,
-            targets.reshape(-1),
+            self._shifted(targets).reshape(-1),
             weight,
-            ignore_index=ignored,
+            ignore_index=self._ignored,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
@@ -122,13 +132,25 @@ class Categorical(Likelihood):
         if targets is None:
             return events.softmax(-1) @ class_weight
         self.check_targets(output, targets)
-        kept = targets if self.ignore_index is None else targets.masked_fill(targets == self.ignore_index, 0)
-        return class_weight[kept.reshape(events.shape[:2])]
+        moved = self._shifted(targets)
+        if self.shift or self.ignore_index is not None:
+            moved = moved.masked_fill(moved == self._ignored, 0)
+        return class_weight[moved.reshape(events.shape[:2])]
 
     def _unless_ignored(self, weights: Tensor, targets: Tensor | None) -> Tensor:
+        if self.shift:
+            weights = torch.cat([weights[:, : -self.shift], torch.zeros_like(weights[:, -self.shift :])], 1)
         if targets is None or self.ignore_index is None:
             return weights
-        return weights * (targets != self.ignore_index).reshape(weights.shape)
+        return weights * (self._shifted(targets) != self.ignore_index).reshape(weights.shape)
+
+    @property
+    def _ignored(self) -> int:
+        return -100 if self.ignore_index is None else self.ignore_index
+
+    def _shifted(self, targets: Tensor) -> Tensor:
+        """The target of every position."""
+        return F.pad(targets[:, self.shift :], (0, self.shift), value=self._ignored) if self.shift else targets
 
     def _class_weight(self, events: Tensor) -> Tensor:
         return torch.ones_like(events[0, 0]) if self.weight is None else self.weight.to(events)
