@@ -26,8 +26,8 @@ def no_samples(policy: object) -> RuntimeError:
     """The error of a step without a forward pass that was observed, under a policy that needs one."""
     return RuntimeError(
         f"{type(policy).__name__} reads samples at every step, but no forward pass of the model in training mode led "
-        "to these gradients; call model.train() before it, give NaturalGradient the very module that the loop calls, or "
-        "use KLLimit() as step_size"
+        "to these gradients; call model.train() before it, give NaturalGradient the module that the loop calls, or use "
+        "KLLimit() as step_size"
     )
 
 
