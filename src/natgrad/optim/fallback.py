@@ -26,8 +26,7 @@ def no_samples(policy: object) -> RuntimeError:
     """The error of a step without a forward pass that was observed, under a policy that needs one."""
     return RuntimeError(
         f"{type(policy).__name__} reads samples at every step, but no forward pass of the model in training mode led "
-        "to these gradients; call model.train() before it, give NaturalGradient the module that the loop calls, or use "
-        "KLLimit() as step_size"
+        "to these gradients; call model.train() before it, or use KLLimit() as step_size"
     )
 
 
@@ -65,8 +64,9 @@ class Watch:
         text = []
         if unseen:
             text.append(
-                f"layers with gradients from a pass that was not observed: {', '.join(told)}; AdamW steps them; what "
-                "the whole model calls in training mode is observed, as far as its output depends on it"
+                f"layers with gradients from a pass that was not observed: {', '.join(told)}; AdamW steps them; "
+                "observed is what the very module that the optimizer was given calls in training mode, as far as its "
+                "output depends on it"
             )
         if left:
             text.append(f"parameters unfrozen since: {', '.join(left)}; hand them to add_param_group to train them")
