@@ -46,6 +46,11 @@ def trained(make: Any, folder: Path, n: int, steps: dict[str, Any] | None = None
     return model
 
 
+def plain_loss(model: Any, batch: Any) -> float:
+    with torch.no_grad():
+        return float(model(**batch).loss)
+
+
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -57,21 +62,21 @@ def test_a_language_model_learns_and_is_covered(tmp_path: Path) -> None:
     """From about log 32 to well below the entropy of the characters' frequencies: it uses what came before."""
     data, model = text(), gpt2()
     optimizer = NaturalGradient(model, likelihood=NEXT)
-    trainer = trainer_of(model, tmp_path, data, optimizer, num_train_epochs=5, logging_steps=8)
+    trainer = trainer_of(model, tmp_path, data, optimizer, num_train_epochs=3, logging_steps=8)
     trainer.train()
     p = torch.stack([example["labels"] for example in data]).flatten().bincount(minlength=CHARACTERS).double()
     p = p / p.sum()
     assert losses(trainer)[0] > 0.85 * math.log(CHARACTERS)
     assert losses(trainer)[-1] < -0.85 * float((p * p.clamp(min=1e-12).log()).sum())
-    assert optimizer.steps == 40
+    assert optimizer.steps == 24
     assert float(repr(optimizer).splitlines()[-1].split()[0]) >= 99
 
 
 def test_a_classifier_learns_with_the_optimizer_that_the_trainer_makes(tmp_path: Path) -> None:
     model = bert()
     how = NaturalGradient, {"model": model, "approximation": EKFAC(), "likelihood": CLASS, "estimator": "exact"}
-    settings: Any = {"per_device_train_batch_size": 128, "num_train_epochs": 6, "logging_steps": 4}
-    trainer = trainer_of(model, tmp_path, two_kinds(), how=how, **settings)
+    settings: Any = {"per_device_train_batch_size": 64, "num_train_epochs": 8, "logging_steps": 4}
+    trainer = trainer_of(model, tmp_path, two_kinds(n=256), how=how, **settings)
     trainer.train()
     optimizer = trainer.optimizer.optimizer  # Accelerate wraps it
     assert isinstance(optimizer, NaturalGradient)
@@ -96,8 +101,8 @@ def test_the_trainer_is_a_plain_loop(tmp_path: Path, make: Any, clip: float) -> 
 def test_four_micro_batches_equal_the_one_batch(tmp_path: Path, make: Any) -> None:
     """But for positions, which all examples of a pass share: there only the mean is the same."""
     steps = {"exclude": POSITIONS[make]}
-    whole = trained(make, tmp_path, 192, steps, per_device_train_batch_size=32)
-    split = trained(make, tmp_path, 192, steps, per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    whole = trained(make, tmp_path, 128, steps, per_device_train_batch_size=32)
+    split = trained(make, tmp_path, 128, steps, per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert distance(split, whole) < ROUNDING[make]
 
 
@@ -110,7 +115,7 @@ def padded(example: Any, k: int) -> dict[str, torch.Tensor]:
 
 def test_padded_micro_batches_equal_the_one_batch(tmp_path: Path) -> None:
     """The numbers of tokens differ; ``Trainer`` divides by that of all micro-batches, and so does the curvature."""
-    data = [padded(example, k) for k, example in enumerate(text()[:192])]
+    data = [padded(example, k) for k, example in enumerate(text()[:128])]
     found = []
     for size, parts in ((32, 1), (8, 4)):
         model = gpt2()
@@ -158,16 +163,14 @@ def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
     """The first loss is that in single precision up to the rounding of bfloat16, and the last is lower."""
-    first = {}
-    for half in (True, False):
-        model = gpt2().float()
-        optimizer = NaturalGradient(model, likelihood=NEXT)
-        trainer = trainer_of(model, tmp_path, text(n=128), optimizer, num_train_epochs=3, logging_steps=1, bf16=half)
-        trainer.train()
-        first[half] = losses(trainer)[0]
-        assert losses(trainer)[-1] < 0.9 * first[half]
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert 0 < abs(first[True] - first[False]) < 0.01 * first[False]
+    model = gpt2().float()
+    first = plain_loss(model, batches(text(n=32), 32)[0])
+    optimizer = NaturalGradient(model, likelihood=NEXT)
+    trainer = trainer_of(model, tmp_path, text(n=128), optimizer, num_train_epochs=3, logging_steps=1, bf16=True)
+    trainer.train()
+    assert 0 < abs(losses(trainer)[0] - first) < 0.01 * first
+    assert losses(trainer)[-1] < 0.9 * first
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21 asks for it
