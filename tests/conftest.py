@@ -5,6 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:  # one that was built for another torch fails for want of its operators, and transformers with it
+    for _name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_name}", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+
 
 @pytest.fixture(autouse=True)
 def _float64_and_a_fixed_seed(request: pytest.FixtureRequest) -> Iterator[None]:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, Literal
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,10 @@ class Engine:
             self._handles.append(owner.register_forward_hook(Hook(closing), always_call=True))
         self._last = self._model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True)
 
+    def close_with(self, owner: object) -> None:
+        """Close as soon as nobody holds ``owner`` any more; the model, which holds this engine, does not hold both."""
+        finalize(owner, _close, ref(self)).atexit = False
+
     def close(self) -> None:
         """Take all hooks off the model."""
         self.weigh({})
@@ -362,6 +366,8 @@ class Engine:
         if self.keep_inputs:
             record.inputs = (args, kwargs)
         if self.labels is not None:
+            if self.labels.source is not None:
+                self.labels.targets = self.labels.source(*args, **kwargs)
             record.targets = self.labels.targets
             self._send_back(record, self.labels, output)
         self._records.append(record)
@@ -390,6 +396,12 @@ class Engine:
         for tensor in {id(x): x for x in (*heads, *tree_leaves(returned))}.values():  # a pointer may make a new tensor
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: setattr(record, "live", True))
+
+
+def _close(engine: ref[Engine]) -> None:
+    alive = engine()
+    if alive is not None:
+        alive.close()
 
 
 def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:

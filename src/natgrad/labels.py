@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,13 +25,15 @@ def check_estimator(estimator: str) -> str:
 class Labels:
     """Output gradients for one forward pass: the likelihood, the estimator, and a generator of its own.
 
-    ``targets`` are the true labels of the coming forward pass, for the estimator ``"empirical"`` and for ignored terms.
+    ``targets`` are the true labels of the coming forward pass, for the estimator ``"empirical"`` and for ignored terms;
+    ``source``, if there is one, finds them in the arguments of that pass.
     """
 
     likelihood: Objective
     estimator: Estimator = "sampled"
     draws: int = 1
     targets: Any = None
+    source: Callable[..., Any] | None = None
     generator: torch.Generator | None = None
     capacity: float = 1.0
     scale: float = 1.0

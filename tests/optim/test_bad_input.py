@@ -165,6 +165,41 @@ def test_ignore_index_without_targets_is_a_clear_error_and_with_them_trains() ->
     assert not same(values(model), before)
 
 
+class WithLoss(nn.Module):
+    """A network that is given its labels and returns its loss, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.body(x)
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+
+
+def test_targets_are_found_in_the_arguments_of_the_model() -> None:
+    found: list[list[Tensor]] = []
+    for told in (False, True):
+        model = WithLoss()
+        optimizer = optimizer_of(model, likelihood=Categorical(output="logits", ignore_index=-100))
+        if not told:
+            optimizer.targets(lambda x, labels: labels)
+        for step in range(4):
+            x, y = batch(step)
+            y[: step + 1] = -100
+            if told:
+                optimizer.targets(y)
+            optimizer.zero_grad()
+            model(x, labels=y)["loss"].backward()
+            optimizer.step()
+        found.append(values(model))
+    assert same(*found)
+    optimizer.targets(lambda x, labels: labels)
+    with pytest.raises(TypeError, match="labels"):  # of the function, which was not given what it asks for
+        model(x)
+    assert not optimizer._engine.pending
+
+
 # A bad batch.
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,33 @@ def test_another_optimizer_has_what_this_one_leaves() -> None:
     train(reference, optimizer_of(reference, exclude=["0"]), BATCHES)
     for found, expected in zip(values(model), values(reference), strict=True):
         assert_equal(found, expected, 1e-12)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_an_optimizer_that_is_gone_leaves_no_hook() -> None:
+    model = network()
+    old, kept = optimizer_of(model), optimizer_of(model)
+    train(model, old, BATCHES[:2])
+    both = hooks(model)
+    del old
+    gc.collect()
+    assert hooks(model) == both / 2
+    del kept
+    gc.collect()
+    assert hooks(model) == 0
+
+
+def test_a_model_that_holds_its_optimizer_goes_with_it() -> None:
+    model = network()
+    vars(model)["trainer"] = optimizer_of(model)
+    gone = weakref.ref(model)
+    train(model, vars(model)["trainer"], BATCHES[:2])
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 class Parts(nn.Module):

@@ -84,7 +84,8 @@ class Categorical(Likelihood):
         """weight[target], 0 where the target is ``ignore_index`` or beyond the end."""
         if self.ignore_index is not None and targets is None:
             raise ValueError(
-                "Categorical(ignore_index=...) needs to know the targets: call optimizer.targets(y) before the forward"
+                "Categorical(ignore_index=...) needs to know the targets: call optimizer.targets(y) before the forward "
+                "pass, or once optimizer.targets(f), with f(*args, **kwargs) of the arguments of the model"
             )
         if self.weight is None and self.ignore_index is None and not self.shift:
             return None

@@ -64,8 +64,9 @@ class Watch:
         text = []
         if unseen:
             text.append(
-                f"layers with gradients from a pass that was not observed: {', '.join(told)}; AdamW steps them; what "
-                "the whole model calls in training mode is observed, as far as its output depends on it"
+                f"layers with gradients from a pass that was not observed: {', '.join(told)}; AdamW steps them; "
+                "observed is what the very module that the optimizer was given calls in training mode, as far as its "
+                "output depends on it"
             )
         if left:
             text.append(f"parameters unfrozen since: {', '.join(left)}; hand them to add_param_group to train them")

@@ -144,6 +144,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         self._engine = Engine(model, found.layers.values(), labels)
+        self._engine.close_with(self)
         self._engine.keep_inputs = step_size.needs_inputs
         self._engine.needs_ids = isinstance(approximation, Weighted) and approximation.needs_ids
         self._arm()
@@ -183,9 +184,14 @@ class NaturalGradient(torch.optim.Optimizer):
         }
 
     def targets(self, targets: Any) -> None:
-        """Tell the true labels of the coming forward pass, for a likelihood that ignores some of them or reads them."""
-        if self._engine.labels is not None:
-            self._engine.labels.targets = targets
+        """Tell the true labels of the coming forward pass, for a likelihood that ignores some of them or reads them.
+
+        Or tell once how to find them: a function that every pass calls with the arguments of the model, as in
+        ``optimizer.targets(lambda labels, **rest: labels)`` where the model is called with ``labels=...``.
+        """
+        labels = self._engine.labels
+        if labels is not None:
+            labels.source, labels.targets = (targets, None) if callable(targets) else (None, targets)
 
     def examples(self, ids: Tensor) -> None:
         """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
