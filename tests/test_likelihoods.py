@@ -377,3 +377,25 @@ def test_an_unknown_estimator_is_refused() -> None:
     assert check_estimator("exact") == "exact"
     with pytest.raises(ValueError, match="estimator must be one of 'exact', 'sampled', 'empirical', got 'type-2'"):
         check_estimator("type-2")
+
+
+@pytest.mark.parametrize("shift", [-1, 1.0, True])
+def test_a_shift_that_is_none_is_refused(shift: Any) -> None:
+    with pytest.raises(ValueError, match=f"shift must be a whole number of at least 0, got {shift}"):
+        Categorical(shift=shift)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 2, 4), (5, 3, 3, 4)])
+def test_outputs_that_have_no_sequence_to_shift_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"Categorical\(shift=2\) needs sequences of more than 2 positions"):
+        Categorical(shift=2).select(torch.randn(shape))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
+def test_the_last_positions_of_a_causal_model_are_no_terms(estimator: Any) -> None:
+    output, y = torch.randn(5, 4, 3), torch.randint(3, (5, 4))
+    labels = Labels(Categorical(shift=1), estimator, 2, y if estimator == "empirical" else None)
+    terms = labels.terms(output)
+    assert isinstance(terms, Tensor) and terms.sum() == 15 and not terms[:, -1].any()
+    for seed in labels.seeds(output):
+        assert seed.shape == output.shape and not seed[:, -1].any()
