@@ -117,7 +117,7 @@ class Siamese(nn.Module):
 
 
 def test_a_module_that_is_used_twice_has_the_fisher_of_both_uses() -> None:
-    """Hooks that keep one tensor of a module: the later call overwrites the earlier, or cross terms are lost, unsaid."""
+    """Hooks that keep one tensor of a module: the later call overwrites the earlier, or cross terms are lost."""
     model, x, y = Siamese(), torch.randn(N, 2, 3), torch.randint(2, (N,))
     found = natgrad.fisher(model, ExactFisher(), Categorical(), [(x, y)])
     for name, expected in ggn(model, x, lambda output: F.cross_entropy(output, y)).items():
