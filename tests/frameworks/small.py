@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from natgrad import Categorical, NaturalGradient
 
 Example = dict[str, Tensor]
-NEXT = Categorical(output=lambda returned: returned.logits[:, :-1])  # every token predicts the next one
+NEXT = Categorical(output="logits", shift=1)  # every token predicts the next one
 CLASS = Categorical(output="logits")
 CHARACTERS = 32
 INIT = {"initializer_range": 32**-0.5}  # the default suits a width of 768

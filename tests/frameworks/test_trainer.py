@@ -61,8 +61,9 @@ def losses(trainer: Any) -> list[float]:
 def test_a_language_model_learns_and_is_covered(tmp_path: Path) -> None:
     """From about log 32 to well below the entropy of the characters' frequencies: it uses what came before."""
     data, model = text(), gpt2()
-    optimizer = NaturalGradient(model, likelihood=NEXT)
-    trainer = trainer_of(model, tmp_path, data, optimizer, num_train_epochs=5, logging_steps=8)
+    optimizer = NaturalGradient(model, EKFAC(), likelihood=NEXT)
+    settings: Any = {"per_device_train_batch_size": 64, "num_train_epochs": 10, "logging_steps": 4}
+    trainer = trainer_of(model, tmp_path, data, optimizer, **settings)
     trainer.train()
     p = torch.stack([example["labels"] for example in data]).flatten().bincount(minlength=CHARACTERS).double()
     p = p / p.sum()
@@ -119,9 +120,9 @@ def test_padded_micro_batches_equal_the_one_batch(tmp_path: Path) -> None:
     found = []
     for size, parts in ((32, 1), (8, 4)):
         model = gpt2()
-        likelihood = Categorical(output=NEXT.output, ignore_index=-100)
+        likelihood = Categorical(output="logits", shift=1, ignore_index=-100)
         optimizer = NaturalGradient(model, EKFAC(), likelihood=likelihood, exclude=POSITIONS[gpt2])
-        optimizer.targets(lambda labels, **rest: labels[:, 1:])
+        optimizer.targets(lambda labels, **rest: labels)
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
         trainer_of(model, tmp_path, data, optimizer, **settings).train()
         found.append(model)
