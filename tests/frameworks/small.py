@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from natgrad import Categorical, NaturalGradient
 
 Example = dict[str, Tensor]
-NEXT = Categorical(output=lambda returned: returned.logits[:, :-1])  # every token predicts the next one
+NEXT = Categorical(output="logits", shift=1)  # every token predicts the next one
 CLASS = Categorical(output="logits")
 CHARACTERS = 32
 INIT = {"initializer_range": 32**-0.5}  # the default suits a width of 768
@@ -60,7 +60,7 @@ def gpt2(dropout: float = 0.0) -> Any:
     torch.manual_seed(1)
     rates = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    sizes = {"vocab_size": CHARACTERS, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, **INIT}
+    sizes = {"vocab_size": CHARACTERS, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, **INIT}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **ends, **rates))
     model.loss_type = "ForCausalLM"  # the Trainer then knows that the first label is no loss term
     return model
@@ -70,7 +70,7 @@ def bert(dropout: float = 0.0) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(1)
-    sizes = {"vocab_size": CHARACTERS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"vocab_size": CHARACTERS, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     more = {"intermediate_size": 64, "max_position_embeddings": 32, "num_labels": 2, **INIT}
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = BertForSequenceClassification(BertConfig(**sizes, **more, **rates))
