@@ -45,9 +45,9 @@ def test_the_share_of_guarded_values_is_among_the_statistics() -> None:
     assert "guarded" not in plain.statistics()
 
 
-@pytest.mark.parametrize(("carry", "fresh"), [("reseed", True), ("rotate", False), ("keep", False)])
-def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: Any, fresh: bool) -> None:
-    """Means of equal weights: of one batch after a refresh at its step, of two after the next; else of all so far."""
+@pytest.mark.parametrize(("carry", "before"), [("reseed", 16 / 40), ("rotate", 2), ("keep", 2)])
+def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: Any, before: float) -> None:
+    """A mean of batches: what a refresh finds counts as 16 of 40 examples, or as the two batches that are in it."""
     approximation = EigenCorrected(KFAC(), carry=carry)
     seen = [random_capture(number, "unshared") for number in range(4)]
     layer = LayerCurvature(approximation.observe(seen[0]), None, KFAC().assemble(KFAC().observe(seen[0])))
@@ -61,5 +61,4 @@ def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: A
     assert isinstance(layer.matrix, Spectral)
     third, fourth = (approximation.correct(layer.matrix, [capture], 0.0) for capture in seen[2:])
     assert isinstance(third, Spectral) and isinstance(fourth, Spectral)
-    own, all_four = (third.values + fourth.values) / 2, (2 * start + third.values + fourth.values) / 4
-    assert_close(layer.matrix.values, own if fresh else all_four)
+    assert_close(layer.matrix.values, (before * start + third.values + fourth.values) / (before + 2))

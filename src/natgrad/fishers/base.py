@@ -73,9 +73,9 @@ class Approximation(ABC):
         return type(self).correct is not Approximation.correct
 
     @property
-    def remeasures(self) -> bool:
-        """Whether the average that :meth:`correct` keeps starts anew with every matrix."""
-        return False
+    def seed(self) -> int:
+        """As how many examples a new matrix counts where :meth:`correct` measures it anew; 0 where it goes on."""
+        return 0
 
     @property
     def keeps(self) -> bool:

@@ -36,7 +36,7 @@ class EigenCorrected(Approximation):
     that of ``base``, and its trace is that of F. ``carry`` says what becomes of s when the basis is refreshed:
 
     * ``"rotate"``: the diagonal of the old matrix in the new basis, s' = (R_G^2) s (R_A^2)^T with R = Q_new^T Q_old;
-    * ``"reseed"``: the eigenvalues of ``base`` until a batch has been measured in the new basis, which counts alone;
+    * ``"reseed"``: the eigenvalues of ``base``, which count as 16 examples beside those measured in the new basis;
     * ``"keep"``: s as it is.
 
     ``rule`` is the damping. Without one the matrix itself is damped exactly, (F + damping I)^-1, which is what
@@ -90,9 +90,9 @@ class EigenCorrected(Approximation):
         return replace(matrix, rule=self.rule or Factored()).inverse(damping)
 
     @property
-    def remeasures(self) -> bool:
-        """Where s is seeded anew."""
-        return self.carry == "reseed"
+    def seed(self) -> int:
+        """16 where s is measured anew: little beside a batch, but more than one of a few examples should overrule."""
+        return 16 if self.carry == "reseed" else 0
 
     @property
     def sides(self) -> tuple[bool, bool]:

@@ -117,9 +117,9 @@ class TwoLevel(Coupled):
         return self.base.corrects
 
     @property
-    def remeasures(self) -> bool:
-        """Whether ``base`` does."""
-        return self.base.remeasures
+    def seed(self) -> int:
+        """That of ``base``."""
+        return self.base.seed
 
     @property
     def keeps(self) -> bool:

@@ -69,7 +69,8 @@ class LayerCurvature:
     def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
         """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
         assert self.matrix is not None
-        matrix = approximation.correct(self.matrix, seen, _decay(self.corrections, decay))
+        seeded = approximation.seed / sum(capture.g.shape[-3] for capture in seen)
+        matrix = approximation.correct(self.matrix, seen, _decay(self.corrections + seeded, decay))
         try:
             inverse = approximation.invert(matrix, damping)
             corrections = self.corrections + 1
@@ -120,7 +121,7 @@ class LayerCurvature:
         inverse = approximation.invert(matrix, damping)
         kept = matrix if approximation.keeps else None
         renewed = replace(self, matrix=kept, inverse=inverse, damping=damping, applied=None, failures=0)
-        corrections = 0 if approximation.remeasures else self.corrections
+        corrections = 0 if approximation.seed else self.corrections
         return replace(renewed, corrections=corrections, refreshes=self.refreshes + 1)
 
     # In and out of a checkpoint.
@@ -152,6 +153,6 @@ class LayerCurvature:
         )
 
 
-def _decay(batches: int, decay: float) -> float:
+def _decay(batches: float, decay: float) -> float:
     """The weight of an average of so many batches when one more comes in."""
     return min(1 - 1 / (batches + 1), decay)
