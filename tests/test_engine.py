@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad import Categorical
-from natgrad.engine import Engine, Record
+from natgrad.engine import Engine
 from natgrad.labels import Labels
 from natgrad.layers import cover
+from natgrad.record import Record
 from oracles import assert_equal
 
 ESTIMATORS = [None, "exact", "sampled", "empirical"]

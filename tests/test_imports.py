@@ -23,10 +23,11 @@ BELOW: dict[str, set[str]] = {
     "labels": {"likelihoods"},
     "fishers": {"matrix", "capture"},
     "weighting": {"capture", "hooks", "layers"},
-    "engine": {"capture", "hooks", "labels", "layers", "sparse", "weighting"},
-    "fisher": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
+    "record": {"capture", "layers", "sparse"},
+    "engine": {"capture", "hooks", "labels", "layers", "record", "weighting"},
+    "fisher": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "reconstruction": {"engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "matrix"},
-    "optim": {"engine", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
+    "optim": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "race")
 CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("__init__.py", "__main__.py")]

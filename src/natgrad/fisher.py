@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from natgrad.capture import Capture
-from natgrad.engine import Engine, Sharing
+from natgrad.engine import Engine
 from natgrad.fishers import Approximation, Coupled, Stats, Weighted, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import WIDE, Layer, check_wide, cover
 from natgrad.likelihoods import Objective
 from natgrad.matrix import Blocks, Grouped, Matrix
+from natgrad.record import Sharing
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import ExactFisher, Gaussian
-from natgrad.engine import Record
 from natgrad.labels import Labels
 from natgrad.layers import cover
+from natgrad.record import Record
 from oracles import assert_equal, block
 
 Slices = Mapping[str, tuple[str, slice, str | None, slice]]

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from natgrad import Gaussian
 from natgrad.capture import Capture
-from natgrad.engine import Engine, Record
+from natgrad.engine import Engine
 from natgrad.jets import JetLinear
 from natgrad.labels import Labels
 from natgrad.layers import Layer, adapter_of, cover
+from natgrad.record import Record
 from oracles import assert_equal, block_of, per_example_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -13,11 +13,12 @@ import natgrad
 from laws import estimate
 from natgrad import EKFAC, FNGD, KFAC, SNGD, TEKFAC, TKFAC, Approximation, Diagonal, ExactFisher, Gaussian
 from natgrad.capture import Capture
-from natgrad.engine import Engine, Record
+from natgrad.engine import Engine
 from natgrad.fishers import for_layer
 from natgrad.labels import Labels
 from natgrad.layers import cover
 from natgrad.matrix import Kronecker, Spectral
+from natgrad.record import Record
 from natgrad.sparse import Sparse, SparseCapture
 from oracles import assert_equal, dense_fisher
 

@@ -12,10 +12,11 @@ import natgrad
 from laws import estimate
 from natgrad import KFAC, TKFAC, ExactFisher, Gaussian
 from natgrad.capture import Capture
-from natgrad.engine import Engine, Record
+from natgrad.engine import Engine
 from natgrad.labels import Labels
 from natgrad.layers import cover
 from natgrad.matrix import Kronecker
+from natgrad.record import Record
 from natgrad.sparse import Together
 from oracles import assert_equal, per_example_gradients, position_fisher
 

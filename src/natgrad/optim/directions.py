@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.engine import Record
 from natgrad.labels import Labels
 from natgrad.layers import Layer
 from natgrad.optim.precision import fast_dtype
+from natgrad.record import Record
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from natgrad.capture import Capture, Weights
-from natgrad.engine import Record, Sharing
 from natgrad.fishers import Approximation, Coupled, Part, Stats, Weighted, for_layer, pool
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, NetworkMap
@@ -24,6 +23,7 @@ from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
 from natgrad.optim.precision import fast_dtype
 from natgrad.optim.step_size import read_once
+from natgrad.record import Record, Sharing
 
 
 @dataclass(frozen=True)

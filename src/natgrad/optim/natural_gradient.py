@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.engine import Engine, Record, Sharing
+from natgrad.engine import Engine
 from natgrad.fishers import KFAC, Approximation, Weighted, for_layer
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer
@@ -32,6 +32,7 @@ from natgrad.optim.proposal import Proposal, move, remember_layer, restore_dtype
 from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings, checked_ids
+from natgrad.record import Record, Sharing
 
 
 class NaturalGradient(torch.optim.Optimizer):
