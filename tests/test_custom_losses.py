@@ -252,6 +252,7 @@ def test_settings_without_meaning_are_refused(make: Callable[[], Any], kind: typ
         (ConvexLoss(logcosh), None, r"needs to know the targets: call optimizer.targets\(y\) .* reads_targets=False"),
         (ConvexLoss(logcosh), torch.ones(5, 3), r"ConvexLoss needs targets of shape \(4, ...\), got \(5, 3\)"),
         (ConvexLoss(logcosh, event_dims=0), torch.ones(4), r"targets of shape \(4, 3, ...\), got \(4,\)"),
+        (ConvexLoss(logcosh), [1.0, 2.0], r"ConvexLoss needs a tensor of targets, got list"),
         (ConvexLoss(lambda f, y: -(f**2)), X, r"not convex in the output: its Hessian has the eigenvalue -2 .*is -2\)"),
         (ConvexLoss(lambda f, y: f[0] * f[1] - f[2] ** 2), X, r"eigenvalue -2 \(the largest is 1\)"),
     ],
@@ -265,6 +266,37 @@ def test_a_loss_that_is_flat_by_rounding_is_convex() -> None:
     f = 30 * torch.randn(50, 4, dtype=torch.float32)
     for seed in Labels(ConvexLoss(F.cross_entropy), "exact", targets=torch.zeros(50).long()).seeds(f):
         assert torch.isfinite(seed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softmax_that_is_nearly_certain_is_convex(dtype: torch.dtype) -> None:
+    """Of p - p p^T nothing is left but rounding."""
+    f = torch.tensor([[20.0, 0.0, 0.0], [18.0, 1.0, 0.0], [25.0, 0.0, 3.0]], dtype=dtype)
+    for factor in (1, 2, 3):
+        for seed in Labels(ConvexLoss(F.cross_entropy), "exact", targets=torch.zeros(3).long()).seeds(factor * f):
+            assert torch.isfinite(seed).all()
+
+
+@pytest.mark.parametrize("loss", [F.l1_loss, lambda f, y: (1 - f * y).clamp(min=0)], ids=["absolute", "hinge"])
+def test_a_loss_without_curvature_warns(loss: Any) -> None:
+    with pytest.warns(UserWarning, match=r"are 0 at every output of this batch \(is it piecewise linear\?\)"):
+        (seed,) = Labels(ConvexLoss(loss), "sampled", targets=X).seeds(2 * X)
+    assert not seed.any()
+
+
+def test_autocast_does_not_round_the_hessian() -> None:
+    """Products in a user's loss: in bfloat16 the Hessian of this one has a negative eigenvalue of 1/600."""
+    w = torch.tensor([[1.37], [-2.11], [0.73]], dtype=torch.float32)
+    likelihood = ConvexLoss(lambda f, y: 0.5 * ((f - y) @ (w @ w.mT)) @ (f - y))
+    layer, x, y = nn.Linear(4, 3).float(), torch.randn(N, 4, dtype=torch.float32), torch.randn(N, 3).float()
+    optimizer = NaturalGradient(layer, likelihood=likelihood)
+    optimizer.targets(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    (0.5 * ((output.float() - y) @ w).square().sum(1).mean()).backward()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_an_output_that_is_not_finite_gives_seeds_that_are_not() -> None:
