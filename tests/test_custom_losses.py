@@ -187,18 +187,18 @@ def test_a_batch_draws_the_same_vectors_whole_or_in_parts() -> None:
 # Training.
 
 
-def test_the_quadratic_model_reads_the_same_curvature_with_and_without_samples() -> None:
+@pytest.mark.parametrize("name", ["logcosh", "poisson", "not elementwise"])
+def test_the_quadratic_model_reads_the_same_curvature_with_and_without_samples(name: str) -> None:
     """One step, all else equal, through exact seeds and through forward-mode products with the Hessian."""
-    x, y = torch.randn(N, 4), torch.randn(N, 3)
-    steps = []
+    case, x, steps = CASES[name], torch.randn(N, 4), []
     for policy in (QuadraticModel(limit=None, per_layer=False), ExactQuadraticModel(limit=None, per_layer=False)):
         torch.manual_seed(5)
         model = network()
         optimizer = NaturalGradient(
-            model, likelihood=ConvexLoss(logcosh), estimator="exact", step_size=policy, precision=torch.float64
+            model, likelihood=case.likelihood, estimator="exact", step_size=policy, precision=torch.float64
         )
-        optimizer.targets(y)
-        logcosh(model(x), y).sum().div(N).backward()
+        optimizer.targets(case.targets)
+        case.loss(model(x), case.targets).backward()
         optimizer.step()
         steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert_equal(steps[0], steps[1], 1e-9)
@@ -432,6 +432,15 @@ def test_a_step_in_one_pass_is_the_step_in_one_pass_for_every_part(make: Callabl
     policy = QuadraticModel(limit=None, per_layer=False)
     once, apart = (step(policy, make(), passes) for passes in (False, True))
     assert_equal(once, apart, 1e-9)
+
+
+def test_the_unit_of_a_sum_is_the_mean_over_its_parts_and_its_entropy_their_sum() -> None:
+    """The first part has scale .7 and three classes, the second 3 * 2/2 and two normal numbers."""
+    whole = PARTS.select({"classes": X, "values": X[:, :2]})
+    alone = PARTS.select({"classes": None, "values": X[:, :2]})
+    first, second = (part.capacity(output) for (_, part), output in zip(PARTS.parts, whole, strict=True))
+    assert PARTS.scale(whole) == (0.7 + 3.0) / 2 and PARTS.scale(alone) == 3.0
+    assert PARTS.capacity(whole) == 0.7 * first + 3 * second and PARTS.capacity(alone) == 3 * second
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
