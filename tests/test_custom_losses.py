@@ -187,18 +187,18 @@ def test_a_batch_draws_the_same_vectors_whole_or_in_parts() -> None:
 # Training.
 
 
-def test_the_quadratic_model_reads_the_same_curvature_with_and_without_samples() -> None:
+@pytest.mark.parametrize("name", ["logcosh", "poisson", "not elementwise"])
+def test_the_quadratic_model_reads_the_same_curvature_with_and_without_samples(name: str) -> None:
     """One step, all else equal, through exact seeds and through forward-mode products with the Hessian."""
-    x, y = torch.randn(N, 4), torch.randn(N, 3)
-    steps = []
+    case, x, steps = CASES[name], torch.randn(N, 4), []
     for policy in (QuadraticModel(limit=None, per_layer=False), ExactQuadraticModel(limit=None, per_layer=False)):
         torch.manual_seed(5)
         model = network()
         optimizer = NaturalGradient(
-            model, likelihood=ConvexLoss(logcosh), estimator="exact", step_size=policy, precision=torch.float64
+            model, likelihood=case.likelihood, estimator="exact", step_size=policy, precision=torch.float64
         )
-        optimizer.targets(y)
-        logcosh(model(x), y).sum().div(N).backward()
+        optimizer.targets(case.targets)
+        case.loss(model(x), case.targets).backward()
         optimizer.step()
         steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert_equal(steps[0], steps[1], 1e-9)
@@ -252,6 +252,7 @@ def test_settings_without_meaning_are_refused(make: Callable[[], Any], kind: typ
         (ConvexLoss(logcosh), None, r"needs to know the targets: call optimizer.targets\(y\) .* reads_targets=False"),
         (ConvexLoss(logcosh), torch.ones(5, 3), r"ConvexLoss needs targets of shape \(4, ...\), got \(5, 3\)"),
         (ConvexLoss(logcosh, event_dims=0), torch.ones(4), r"targets of shape \(4, 3, ...\), got \(4,\)"),
+        (ConvexLoss(logcosh), [1.0, 2.0], r"ConvexLoss needs a tensor of targets, got list"),
         (ConvexLoss(lambda f, y: -(f**2)), X, r"not convex in the output: its Hessian has the eigenvalue -2 .*is -2\)"),
         (ConvexLoss(lambda f, y: f[0] * f[1] - f[2] ** 2), X, r"eigenvalue -2 \(the largest is 1\)"),
     ],
@@ -265,6 +266,37 @@ def test_a_loss_that_is_flat_by_rounding_is_convex() -> None:
     f = 30 * torch.randn(50, 4, dtype=torch.float32)
     for seed in Labels(ConvexLoss(F.cross_entropy), "exact", targets=torch.zeros(50).long()).seeds(f):
         assert torch.isfinite(seed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softmax_that_is_nearly_certain_is_convex(dtype: torch.dtype) -> None:
+    """Of p - p p^T nothing is left but rounding."""
+    f = torch.tensor([[20.0, 0.0, 0.0], [18.0, 1.0, 0.0], [25.0, 0.0, 3.0]], dtype=dtype)
+    for factor in (1, 2, 3):
+        for seed in Labels(ConvexLoss(F.cross_entropy), "exact", targets=torch.zeros(3).long()).seeds(factor * f):
+            assert torch.isfinite(seed).all()
+
+
+@pytest.mark.parametrize("loss", [F.l1_loss, lambda f, y: (1 - f * y).clamp(min=0)], ids=["absolute", "hinge"])
+def test_a_loss_without_curvature_warns(loss: Any) -> None:
+    with pytest.warns(UserWarning, match=r"are 0 at every output of this batch \(is it piecewise linear\?\)"):
+        (seed,) = Labels(ConvexLoss(loss), "sampled", targets=X).seeds(2 * X)
+    assert not seed.any()
+
+
+def test_autocast_does_not_round_the_hessian() -> None:
+    """Products in a user's loss: in bfloat16 the Hessian of this one has a negative eigenvalue of 1/600."""
+    w = torch.tensor([[1.37], [-2.11], [0.73]], dtype=torch.float32)
+    likelihood = ConvexLoss(lambda f, y: 0.5 * ((f - y) @ (w @ w.mT)) @ (f - y))
+    layer, x, y = nn.Linear(4, 3).float(), torch.randn(N, 4, dtype=torch.float32), torch.randn(N, 3).float()
+    optimizer = NaturalGradient(layer, likelihood=likelihood)
+    optimizer.targets(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    (0.5 * ((output.float() - y) @ w).square().sum(1).mean()).backward()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_an_output_that_is_not_finite_gives_seeds_that_are_not() -> None:
@@ -400,6 +432,15 @@ def test_a_step_in_one_pass_is_the_step_in_one_pass_for_every_part(make: Callabl
     policy = QuadraticModel(limit=None, per_layer=False)
     once, apart = (step(policy, make(), passes) for passes in (False, True))
     assert_equal(once, apart, 1e-9)
+
+
+def test_the_unit_of_a_sum_is_the_mean_over_its_parts_and_its_entropy_their_sum() -> None:
+    """The first part has scale .7 and three classes, the second 3 * 2/2 and two normal numbers."""
+    whole = PARTS.select({"classes": X, "values": X[:, :2]})
+    alone = PARTS.select({"classes": None, "values": X[:, :2]})
+    first, second = (part.capacity(output) for (_, part), output in zip(PARTS.parts, whole, strict=True))
+    assert PARTS.scale(whole) == (0.7 + 3.0) / 2 and PARTS.scale(alone) == 3.0
+    assert PARTS.capacity(whole) == 0.7 * first + 3 * second and PARTS.capacity(alone) == 3 * second
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

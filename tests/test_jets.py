@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,19 @@ from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 
 import natgrad
-from natgrad import KFAC, ExactFisher, Gaussian, Jets, JointWoodbury, LossSum, NaturalGradient
+from natgrad import (
+    KFAC,
+    Constant,
+    ExactFisher,
+    ExactQuadraticModel,
+    Gaussian,
+    Jets,
+    JointFisher,
+    JointWoodbury,
+    LossSum,
+    NaturalGradient,
+    QuadraticModel,
+)
 from natgrad.layers import cover
 from oracles import assert_equal, error, ggn
 
@@ -22,7 +35,14 @@ def network(activation: nn.Module, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(inner, nn.Linear(5, 4), activation, nn.Linear(4, 2))
 
 
-ACTIVATIONS = [nn.Tanh(), nn.SiLU(), nn.GELU(), nn.Softplus(), nn.Softmax(-1)]
+class Waves(nn.Module):
+    """An activation of one's own, not elementwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.sin(), (2 * x).cos()], -1)[..., ::2]
+
+
+ACTIVATIONS = [nn.Tanh(), nn.SiLU(), nn.GELU(), nn.Softplus(), nn.Softmax(-1), nn.Mish(), Waves()]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: type(module).__name__)
@@ -33,6 +53,65 @@ def test_a_jet_is_the_value_and_the_derivatives_along_every_axis(activation: nn.
     assert_equal(jet.value, model(x))
     assert_equal(jet.first, vmap(jacrev(model))(x).mT)
     assert_equal(jet.second, vmap(hessian(model))(x).diagonal(dim1=-2, dim2=-1).mT)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_jet_needs_no_graph(activation: nn.Module, without: Any) -> None:
+    jets, x = Jets(network(activation)), torch.randn(N, 3)
+    expected = jets(x)
+    with without():
+        found = jets(x)
+    assert not found.second.requires_grad
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other.detach())
+
+
+@pytest.mark.parametrize("inplace", [nn.SiLU(inplace=True), nn.ELU(inplace=True)])
+def test_a_module_that_writes_in_place_is_left_as_it_was(inplace: Any) -> None:
+    model, x = network(inplace).requires_grad_(False), torch.randn(N, 3)
+    jet = Jets(model)(x)
+    assert inplace.inplace
+    inplace.inplace = False
+    for found, expected in zip(jet, Jets(model)(x), strict=True):
+        assert_equal(found, expected)
+
+
+def test_modules_see_rows_as_the_network_gives_them() -> None:
+    """Softmax over dimension 1, and a flattening, mean the same as in the network."""
+    first, last = nn.Linear(3, 5).requires_grad_(False), nn.Linear(5, 2).requires_grad_(False)
+    x = torch.randn(N, 3)
+    found = Jets(nn.Sequential(first, nn.Softmax(1), nn.Flatten(), last))(x)
+    expected = Jets(nn.Sequential(first, nn.Softmax(-1), last))(x)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other)
+
+
+def test_mixed_derivatives_come_from_directions() -> None:
+    directions = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.3, -2.0, 1.0]])
+    model, x = network(nn.GELU()).requires_grad_(False), torch.randn(N, 3)
+    jet = Jets(model, directions)(x)
+    assert_equal(jet.first, directions @ vmap(jacrev(model))(x).mT)
+    H = vmap(hessian(model))(x)
+    assert_equal(jet.second, torch.einsum("ka,noab,kb->nko", directions, H, directions))
+    assert_equal((jet.second[:, 2] - jet.second[:, 0] - jet.second[:, 1]) / 2, H[..., 0, 1])
+
+
+def test_an_ansatz_is_part_of_what_is_differentiated() -> None:
+    """u = x_1 (1 - x_1) + exp(x_2 network(x)): products, and a nonlinearity of the network."""
+
+    def ansatz(x: Tensor, u: Tensor) -> Tensor:
+        return x[..., :1] * (1 - x[..., :1]) + (x[..., 1:2] * u).exp()
+
+    model, x = network(nn.Tanh()).requires_grad_(False), torch.randn(N, 3)
+
+    def whole(x: Tensor) -> Tensor:
+        return ansatz(x, model(x))
+
+    jet = Jets(model, ansatz=ansatz)(x)
+    assert_equal(jet.value, whole(x))
+    assert_equal(jet.first, vmap(jacrev(whole))(x).mT)
+    assert_equal(jet.second, vmap(hessian(whole))(x).diagonal(dim1=-2, dim2=-1).mT)
 
 
 def test_a_jet_is_differentiable_and_shares_the_weights() -> None:
@@ -75,6 +154,45 @@ def test_law_25_the_fisher_of_a_residual_is_its_gauss_newton_matrix() -> None:
     found = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])
     for name, expected in ggn(model, x, lambda r: 0.5 * r.square().sum() / N).items():
         assert_equal(found[name].dense(), expected)
+
+
+class System(nn.Module):
+    """Two equations for two unknowns: first order in time, mixed in space, with a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        twice = nn.Linear(5, 5)
+        layers = nn.Linear(3, 5), nn.SiLU(), twice, nn.SiLU(), twice, nn.SiLU(), nn.Linear(5, 2)
+        directions = torch.cat([torch.eye(3), torch.tensor([[1.0, 1.0, 0.0]])])
+        self.u = Jets(nn.Sequential(*layers), directions, ansatz=lambda x, u: x[..., 2:] * u)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.u(x)
+        mixed = (u.second[:, 3] - u.second[:, 0] - u.second[:, 1]) / 2
+        return torch.stack([u.first[:, 2, 0] - mixed[:, 1], u.first[:, 2, 1] + u.value[:, 0] * u.first[:, 0, 1]], 1)
+
+
+def test_law_25_the_fisher_of_a_system_in_time_with_mixed_derivatives() -> None:
+    model, x = System(), torch.randn(N, 3)
+    found = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])
+    expected = ggn(model, x, lambda r: 0.5 * r.square().sum() / N)
+    assert found.keys() == expected.keys() and len(found) == 3
+    for name in expected:
+        assert_equal(found[name].dense(), expected[name])
+
+
+def test_the_quadratic_model_differentiates_jets_forwards() -> None:
+    x, steps = torch.randn(N, 3), []
+    for policy in (QuadraticModel(limit=None, per_layer=False), ExactQuadraticModel(limit=None, per_layer=False)):
+        torch.manual_seed(5)
+        model = System()
+        optimizer = NaturalGradient(
+            model, likelihood=Gaussian(), estimator="exact", step_size=policy, precision=torch.float64
+        )
+        (0.5 * model(x).square().sum(1).mean()).backward()
+        optimizer.step()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert_equal(steps[0], steps[1], 1e-9)
 
 
 def test_law_06_kfac_is_exact_for_a_linear_network_where_positions_are_apart() -> None:
@@ -130,7 +248,94 @@ def test_a_boundary_value_problem_is_solved_from_two_forward_passes(seed: int) -
         assert error(model.u(grid).value, exact) < 1e-3
 
 
+class Unknown(nn.Module):
+    """k u'' = -3 pi^2 sin(pi x) with u measured to be sin(pi x): the coefficient k is a layer on ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u = Jets(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))
+        self.k = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, wave = self.u(x), (math.pi * x).sin()
+        equation = self.k(torch.ones_like(x)) * u.second[:, 0] + 3 * math.pi**2 * wave
+        return torch.cat([equation, 10 * (u.value - wave)], 1)
+
+
+@pytest.mark.parametrize("make", [JointWoodbury, JointFisher])
+def test_a_step_is_that_of_gauss_newton_in_the_network_and_the_coefficient(make: Any) -> None:
+    """(J^T J / n + damping I)^-1 J^T r / n, J by autograd in all parameters at once."""
+    model, x = Unknown(), torch.rand(20, 1)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def residuals(*tensors: Tensor) -> Tensor:
+        found = torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (x,))
+        assert isinstance(found, Tensor)
+        return found.flatten()
+
+    before = tuple(p.detach().clone() for p in parameters)
+    J = torch.cat([part.flatten(1) for part in torch.func.jacrev(residuals, tuple(range(len(before))))(*before)], 1)
+    expected = torch.linalg.solve(J.mT @ J / 20 + 1e-3 * torch.eye(J.shape[1]), J.mT @ residuals(*before) / 20)
+    optimizer = NaturalGradient(
+        model, make(), likelihood=Gaussian(), estimator="exact", damping=1e-3, step_size=Constant(), lr=1.0
+    )
+    assert not optimizer.uncovered
+    (0.5 * model(x).square().sum(1).mean()).backward()
+    optimizer.step()
+    assert_equal(torch.cat([(p - q).flatten() for p, q in zip(before, parameters, strict=True)]).detach(), expected)
+
+
 # Refusals.
+
+
+class Stacked(nn.Module):
+    """Two calls one above the other: rows of the output that the layers saw as one example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u = Jets(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+
+    def forward(self, inside: Tensor, boundary: Tensor) -> Tensor:
+        return torch.cat([self.u(inside).second.sum(1), self.u(boundary).value])
+
+
+def test_calls_that_are_stacked_as_examples_are_refused_with_exact_labels() -> None:
+    model, x = Stacked(), (torch.randn(N, 3), torch.randn(N, 3))
+    with pytest.raises(
+        ValueError, match=r"'u.steps.0' was called 2 times with 6 examples, but the output has 12: with"
+    ):
+        natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])
+    drawn = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)], estimator="sampled", draws=1500)
+    for name, expected in ggn(model, x, lambda r: 0.5 * r.square().sum() / (2 * N)).items():
+        assert error(drawn[name].dense(), expected) < 0.1
+    optimizer = NaturalGradient(model, likelihood=Gaussian())
+    model(x[0], x[1][:4]).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"batches of different sizes .* make one forward pass for each batch"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Dropout(0.5), r"treat all rows alike at every call, not Dropout"),
+        (nn.BatchNorm1d(3, affine=False), r"treat all rows alike at every call, not BatchNorm1d"),
+        (nn.RReLU(), r"treat all rows alike at every call, not RReLU"),
+        (nn.LayerNorm(3, elementwise_affine=False), r"cannot differentiate LayerNorm twice"),
+        (lambda x: x, r"not function"),
+    ],
+)
+def test_modules_that_are_no_functions_of_rows_are_refused(module: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Jets(module)
+
+
+def test_directions_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"directions must be vectors \(m, d\), got torch.float64 of shape \(3,\)"):
+        Jets(nn.Linear(3, 4), torch.ones(3))
+    with pytest.raises(ValueError, match=r"directions of 2 entries, and got points of 3"):
+        Jets(nn.Linear(3, 4), torch.eye(2))(torch.randn(N, 3))
 
 
 def test_networks_and_points_that_jets_cannot_read_are_refused() -> None:

@@ -237,14 +237,17 @@ class Engine:
         edges = [call.edge for call in calls if call.edge is not None]
         plain = tuple(x.detach() if x.dtype.itemsize >= 4 else x.detach().float() for x in outputs)
         whole = plain if isinstance(selected, tuple) else plain[0]
-        record.terms, record.size = labels.terms(whole), max(map(len, plain))
         heads = [outputs[k] for k in tracked]
-        for seed in labels.seeds(whole):
-            seeds = seed if isinstance(seed, tuple) else (seed,)
-            back = [seeds[k].to(outputs[k].dtype) for k in tracked]
-            gradients = torch.autograd.grad(heads, edges, back, retain_graph=True, allow_unused=True)
-            for call, gradient in zip(calls, gradients, strict=True):
-                call.gradients.append(gradient)
+        with torch.autocast(plain[0].device.type, enabled=False):  # of the loss, which a user may write
+            record.terms, record.size = labels.terms(whole), max(map(len, plain))
+            if labels.estimator == "exact":
+                _refuse_stacked(record.calls, record.size)
+            for seed in labels.seeds(whole):
+                seeds = seed if isinstance(seed, tuple) else (seed,)
+                back = [seeds[k].to(outputs[k].dtype) for k in tracked]
+                gradients = torch.autograd.grad(heads, edges, back, retain_graph=True, allow_unused=True)
+                for call, gradient in zip(calls, gradients, strict=True):
+                    call.gradients.append(gradient)
         for call in calls:
             call.edge = None  # lets go of the graph
         record.scale = len(calls[0].gradients) ** -0.5
@@ -257,6 +260,16 @@ def _close(engine: ref[Engine]) -> None:
     alive = engine()
     if alive is not None:
         alive.close()
+
+
+def _refuse_stacked(calls: Mapping[str, list[Call]], size: int) -> None:
+    """One exact seed reaches all rows of the output, and would mix those that are one example to a layer."""
+    for name, own in calls.items():
+        if len(own) > 1 and sum(len(call.x) for call in own) == size:
+            raise ValueError(
+                f"layer {name!r} was called {len(own)} times with {len(own[0].x)} examples, but the output has {size}: "
+                "with exact labels call it once on all of them, make one forward pass for each call, or sample labels"
+            )
 
 
 def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:

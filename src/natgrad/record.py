@@ -113,7 +113,7 @@ class Record:
         if len({len(call.x) for call in calls}) > 1:
             raise ValueError(
                 f"layer {layer.name!r} was called with batches of different sizes in one forward pass; its examples "
-                "cannot be matched, so exclude it from the natural gradient"
+                "cannot be matched: call it once on all of them, make one forward pass for each batch, or exclude it"
             )
         return calls
 

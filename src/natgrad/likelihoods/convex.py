@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,8 +30,11 @@ class ConvexLoss(Reduced):
         reduction: ``"mean"`` where ``loss`` takes the mean over the outputs of a term; it changes nothing but the unit
             of damping and trust regions.
 
+    Every term counts 1, so a loss that ignores some targets is smaller here than under a mean over the others.
+
     Cost: dim backward passes through ``loss`` alone and n terms dim^3 flops; memory n terms dim^2; one read from the
-    device. Raises ``ValueError`` where H has a negative eigenvalue, and for unknown or unfit targets.
+    device. Raises ``ValueError`` where H has a negative eigenvalue (beyond what rounding makes of 1, as of a softmax,
+    or of the largest), and for unknown or unfit targets. Warns where H is 0 everywhere, as of absolute values.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +49,8 @@ class ConvexLoss(Reduced):
     def check_targets(self, output: Tensor, targets: Tensor) -> None:
         """The leading dimensions of the output, those of the terms."""
         terms = self._leading(output)
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"ConvexLoss needs a tensor of targets, got {type(targets).__name__}")
         if targets.shape[: len(terms)] != terms:
             raise ValueError(
                 f"ConvexLoss needs targets of shape ({', '.join(map(str, terms))}, ...), got {tuple(targets.shape)}"
@@ -107,11 +113,18 @@ class ConvexLoss(Reduced):
         H = H.where(finite, torch.zeros_like(H))
         values, Q = (H.squeeze(-1), torch.ones_like(H)) if H.shape[-1] == 1 else torch.linalg.eigh(H)
         rounding = 100 * torch.finfo(H.dtype).eps * H.shape[-1]
-        low, high = torch.stack([values.min(), values.max()]).tolist() if values.numel() else (0.0, 0.0)
-        if low < -rounding * max(high, -low):
+        numbers = torch.stack([values.min(), values.max(), finite.all().to(H)]) if values.numel() else torch.ones(3)
+        low, high, known = numbers.tolist()
+        if low < -rounding * max(high, -low, 1.0):
             raise ValueError(
                 f"the loss is not convex in the output: its Hessian has the eigenvalue {low:.3g} (the largest is "
                 f"{high:.3g}); a natural gradient needs a convex loss of the network's output"
+            )
+        if low == high == 0 and known:
+            warnings.warn(
+                "the second derivatives of the loss are 0 at every output of this batch (is it piecewise linear?): "
+                "damping is all that remains of the natural gradient",
+                stacklevel=2,
             )
         root = (Q * values.clamp(min=0).sqrt().unsqueeze(-2)) @ Q.mT
         return root.where(finite, torch.full_like(root, torch.nan))

@@ -29,8 +29,10 @@ class LossSum(Objective):
 
     ``parts`` are pairs (c_k, likelihood), every likelihood with an ``output`` that points at its own tensor, all with
     the examples first. Where the model returns None for a part, that part is not in this forward pass: the parts may
-    come from several passes before one step, each part once and with all layers taking part. Targets, where one is
-    needed, are a sequence with one entry, or None, for every part.
+    come from several passes before one step, each part equally often and with all layers taking part. Passes with the
+    same parts weigh equally, whatever their numbers of examples, as means of means do. Targets, where one is needed,
+    are a sequence with one entry, or None, for every part. The default damping and step size count in units of the
+    last pass: where parts of very different c_k come apart, that with the largest should come last.
 
     Raises ``ValueError`` for no parts, a coefficient that is not positive, a pass without any part, and outputs of one
     pass that differ in their number of examples.
