@@ -312,7 +312,7 @@ def convolutional() -> nn.Sequential:
     return nn.Sequential(nn.Unflatten(1, (1, 5)), *convolutions, nn.Flatten(), nn.Linear(6, 3))
 
 
-@pytest.mark.parametrize("approximation", [TKFAC, TEKFAC, KFAC])
+@pytest.mark.parametrize("approximation", [TKFAC, EKFAC, KFAC])
 def test_trace_damping_takes_mean_eigenvalues_of_convolutions_and_their_largest_elsewhere(approximation: Any) -> None:
     model, x = convolutional(), batch(n=30)
     settings = {"estimator": "exact", "step_size": Constant(), "lr": 1e-12}
