@@ -12,8 +12,8 @@ from training import backward, batch, copy_of, network, optimizer_of, same, trai
 
 import natgrad
 from natgrad import (
+    EKFAC,
     KFAC,
-    TEKFAC,
     TKFAC,
     Automatic,
     Categorical,
