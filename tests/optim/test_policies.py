@@ -14,6 +14,7 @@ import natgrad
 from natgrad import (
     EKFAC,
     KFAC,
+    TEKFAC,
     TKFAC,
     Automatic,
     Categorical,
