@@ -1,6 +1,7 @@
 """EigenCorrected: keep the eigenvectors of an approximation, measure the Fisher's own second moments along them.
 
-``EigenCorrected(KFAC())`` is EKFAC (George et al. 2018), ``EigenCorrected(TKFAC())`` is TEKFAC (Gao et al. 2020).
+``EigenCorrected(KFAC())`` is EKFAC (George et al. 2018), ``EigenCorrected(TKFAC(),
+carry="reseed")`` TEKFAC (Gao et al. 2020).
 """
 
 from __future__ import annotations

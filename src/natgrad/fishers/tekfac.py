@@ -12,7 +12,7 @@ def TEKFAC() -> EigenCorrected:
     Its Frobenius error is never above TKFAC's. With each new basis the eigenvalues are measured anew: this basis
     turns fast, and values that were measured along another one left CURVES on a plateau. Costs and options:
     :class:`EigenCorrected`; the paper's adaptive damping for convolutions is ``EigenCorrected(TKFAC(),
-    rule=Relative())``, or ``TraceDamping`` for the whole network. Reference: Gao, Liu, Huang, Wang, Wang, Xu and Yu,
-    arXiv 2011.13609.
+    carry="reseed", rule=Relative())``, or ``TraceDamping`` for the whole network. Reference: Gao, Liu, Huang, Wang,
+    Wang, Xu and Yu, arXiv 2011.13609.
     """
     return EigenCorrected(TKFAC(), carry="reseed")
