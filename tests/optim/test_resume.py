@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from training import Batch, batch, copy_of, network, noise, optimizer_of, same, 
 
 from cases import CASES, Case
 from natgrad import (
+    EKFAC,
+    KFAC,
+    KPSVD,
     AdaptiveKLLimit,
     Automatic,
     Constant,
@@ -178,3 +183,39 @@ def test_a_resumed_run_prints_the_same_table_and_counters() -> None:
     assert repr(other) == repr(optimizer)
     assert other.steps == 7
     assert torch.equal(torch.tensor(other.statistics()["damping"]), torch.tensor(optimizer.statistics()["damping"]))
+
+
+def stripped(saved: dict[str, Any]) -> dict[str, Any]:
+    state = {p: {k: v for k, v in own.items() if k != "corrections"} for p, own in saved["state"].items()}
+    return {**saved, "state": state}
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "change", "what"),
+    [
+        (EKFAC(), KFAC(), dict, "matrix.values"),
+        (KFAC(), EKFAC(), dict, "matrix.values"),
+        (KPSVD(), KFAC(), dict, "stats.R"),
+        (EKFAC(), EKFAC(), stripped, "corrections"),
+    ],
+)
+def test_a_checkpoint_of_another_approximation_is_refused_and_changes_nothing(
+    here: Any, there: Any, change: Callable[[dict[str, Any]], dict[str, Any]], what: str
+) -> None:
+    first, model, reference = network(), network(), network()
+    other, optimizer, alone = optimizer_of(first, there), optimizer_of(model, here), optimizer_of(reference, here)
+    train(first, other, batches_of()[:5])
+    train(model, optimizer, batches_of()[:2])
+    before = copy_of(optimizer)
+    with pytest.raises(ValueError, match=f"layer '0': the checkpoint is of another .* {what}"):
+        optimizer.load_state_dict(change(copy_of(other)))
+    assert same(copy_of(optimizer), before)
+    train(model, optimizer, batches_of()[2:6])
+    train(reference, alone, batches_of()[:6])
+    assert same((values(model), copy_of(optimizer)), (values(reference), copy_of(alone)))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied_without_its_model(copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="state_dict"):
+        copied(optimizer_of(network()))

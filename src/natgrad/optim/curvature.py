@@ -134,8 +134,19 @@ class LayerCurvature:
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
         return parts | {name: getattr(self, name) for name in _COUNTERS} | {"damping": self.damping}
 
-    def with_state(self, state: dict[str, Any]) -> Self:
-        """The inverse of :meth:`state`, on a placeholder of the same approximation and layer."""
+    def with_state(self, state: dict[str, Any], layer: str) -> Self:
+        """The inverse of :meth:`state`, on a placeholder of the same approximation and layer.
+
+        Raises ``ValueError`` for the state of another approximation.
+        """
+        kinds = ("stats.", "matrix.", "inverse.")
+        own = self.state().keys()
+        foreign = own ^ {name for name in state if name.startswith(kinds) or name in own}
+        if foreign:
+            raise ValueError(
+                f"layer {layer!r}: the checkpoint is of another approximation or version; only there or only here is "
+                f"{', '.join(sorted(foreign))}"
+            )
 
         def tensors(kind: str) -> dict[str, Tensor]:
             start = f"{kind}."

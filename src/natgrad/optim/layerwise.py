@@ -84,7 +84,7 @@ class Layerwise:
     def restored(self, states: Mapping[str, dict[str, Any]]) -> State:
         """The state that a checkpoint holds, layer by layer."""
         empty, known = self.filled(State()), {name for name in states if "observations" in states[name]}
-        layers = {name: c.with_state(states[name]) if name in known else c for name, c in empty.items()}
+        layers = {name: c.with_state(states[name], name) if name in known else c for name, c in empty.items()}
         layers = {name: c.prepared(self.fast(name)) for name, c in layers.items()}
         return State(layers, self._couple(layers))
 

@@ -401,14 +401,30 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # Checkpoints.
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises ``TypeError``: a copy would not be the optimizer of any model."""
+        raise TypeError(
+            "NaturalGradient belongs to its model and is not copied or pickled: load its state_dict() into a new one, "
+            "made with the copy of the model"
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a ``state_dict()``; a resumed run then continues bit for bit."""
+        """Restore a ``state_dict()``; a resumed run then continues bit for bit.
+
+        Raises ``ValueError`` for one of another approximation, and then changes nothing.
+        """
+        before = {"state": self.state, "param_groups": self.param_groups}
         super().load_state_dict(state_dict)
         restore_dtypes(self.param_groups, self.state, state_dict)
-        self._now, self._report, self._multiples = State(), {}, {}
         states = {name: self._kept(layer) for name, layer in self.layers.items()}
+        now = State()
         if any("observations" in state for state in states.values()):
-            self._now = self._curvature.restored(states)
-            for name, curvature in self._now.items():
-                remember_layer(self.layers[name], curvature, self.state)
+            try:
+                now = self._curvature.restored(states)
+            except ValueError:
+                self.__setstate__(before)
+                raise
+        self._now, self._report, self._multiples = now, {}, {}
+        for name, curvature in now.items():
+            remember_layer(self.layers[name], curvature, self.state)
         self._arm()
