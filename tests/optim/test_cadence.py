@@ -45,8 +45,9 @@ def test_the_share_of_guarded_values_is_among_the_statistics() -> None:
     assert "guarded" not in plain.statistics()
 
 
+@pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize(("carry", "before"), [("reseed", 16 / 40), ("rotate", 2), ("keep", 2)])
-def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: Any, before: float) -> None:
+def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: Any, before: float, draws: int) -> None:
     """A mean of batches: what a refresh finds counts as 16 of 40 examples, or as the two batches that are in it."""
     approximation = EigenCorrected(KFAC(), carry=carry)
     seen = [random_capture(number, "unshared") for number in range(4)]
@@ -57,7 +58,7 @@ def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: A
             layer = layer.refresh(approximation, 0.1, "layer")
             assert isinstance(layer.matrix, Spectral)
             start = layer.matrix.values
-        layer = layer.correct(approximation, [capture], 0.99, 0.1)
+        layer = layer.correct(approximation, [capture] * draws, 0.99, 0.1)
     assert isinstance(layer.matrix, Spectral)
     third, fourth = (approximation.correct(layer.matrix, [capture], 0.0) for capture in seen[2:])
     assert isinstance(third, Spectral) and isinstance(fourth, Spectral)
