@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -213,9 +211,3 @@ def test_a_checkpoint_of_another_approximation_is_refused_and_changes_nothing(
     train(model, optimizer, batches_of()[2:6])
     train(reference, alone, batches_of()[:6])
     assert same((values(model), copy_of(optimizer)), (values(reference), copy_of(alone)))
-
-
-@pytest.mark.parametrize("copied", [deepcopy, pickle.dumps])
-def test_an_optimizer_is_not_copied_without_its_model(copied: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="state_dict"):
-        copied(optimizer_of(network()))

@@ -401,13 +401,6 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # Checkpoints.
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Raises ``TypeError``: a copy would not be the optimizer of any model."""
-        raise TypeError(
-            "NaturalGradient belongs to its model and is not copied or pickled: load its state_dict() into a new one, "
-            "made with the copy of the model"
-        )
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()``; a resumed run then continues bit for bit.
 
