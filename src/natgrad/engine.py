@@ -252,7 +252,7 @@ class Engine:
             call.edge = None  # lets go of the graph
         record.scale = len(calls[0].gradients) ** -0.5
         for tensor in {id(x): x for x in (*heads, *tree_leaves(returned))}.values():  # a pointer may make a new tensor
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:  # a parameter would keep the hook for ever
                 tensor.register_hook(lambda _: setattr(record, "live", True))
 
 

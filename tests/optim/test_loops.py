@@ -228,3 +228,31 @@ def adversaries(generator_learns: bool, steps: int = 6) -> tuple[list[Tensor], l
 
 def test_steps_of_the_generator_in_between_leave_the_critic_alone() -> None:
     assert same(adversaries(True), adversaries(False))
+
+
+class WithWeight(nn.Module):
+    """Returns a weight beside its logits, as models with a penalty in the loss do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x), self.inner[0].weight
+
+
+def test_a_parameter_that_a_model_returns_keeps_no_records() -> None:
+    """Nor does its gradient, to which every loss adds, say that a pass had a backward pass."""
+    model, reference = WithWeight(), WithWeight()
+    optimizer = optimizer_of(model, likelihood=Categorical(output=0))
+    alone = optimizer_of(reference, likelihood=Categorical(output=0))
+    for step, (x, y) in enumerate(BATCHES):
+        for trained, own in ((model, optimizer), (reference, alone)):
+            own.zero_grad()
+            logits, weight = trained(x)
+            (F.cross_entropy(logits, y) + 0.01 * weight.square().sum()).backward()
+            if trained is model and step % 2:
+                trained(noise(step)[0])  # without a backward pass
+            own.step()
+    assert not model.inner[0].weight._backward_hooks
+    assert same(values(model), values(reference))
