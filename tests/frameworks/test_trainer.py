@@ -122,7 +122,7 @@ def test_padded_micro_batches_equal_the_one_batch(tmp_path: Path) -> None:
         model = gpt2()
         likelihood = Categorical(output="logits", shift=1, ignore_index=-100)
         optimizer = NaturalGradient(model, EKFAC(), likelihood=likelihood, exclude=POSITIONS[gpt2])
-        optimizer.targets(lambda labels, **rest: labels)
+        optimizer.targets(lambda *_, labels, **rest: labels)
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
         trainer_of(model, tmp_path, data, optimizer, **settings).train()
         found.append(model)

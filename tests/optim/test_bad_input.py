@@ -194,9 +194,10 @@ def test_targets_are_found_in_the_arguments_of_the_model() -> None:
             optimizer.step()
         found.append(values(model))
     assert same(*found)
-    optimizer.targets(lambda x, labels: labels)
-    with pytest.raises(TypeError, match="labels"):  # of the function, which was not given what it asks for
-        model(x)
+    for find in (lambda x, labels: labels, lambda *_, labels, **rest: labels):
+        optimizer.targets(find)
+        with pytest.raises(TypeError, match="labels"):  # of the function, which was not given what it asks for
+            model(x)
     assert not optimizer._engine.pending
 
 

@@ -188,7 +188,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Tell the true labels of the coming forward pass, for a likelihood that ignores some of them or reads them.
 
         Or tell once how to find them: a function that every pass calls with the arguments of the model, as in
-        ``optimizer.targets(lambda labels, **rest: labels)`` where the model is called with ``labels=...``.
+        ``optimizer.targets(lambda *_, labels, **rest: labels)`` where the model is called with ``labels=...``.
         """
         labels = self._engine.labels
         if labels is not None:
