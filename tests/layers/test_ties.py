@@ -311,7 +311,7 @@ class Decoder(Again):
 def test_a_product_that_has_no_common_block_leaves_the_weight_uncovered_with_the_reason() -> None:
     assert list(cover(Decoder()).layers) == ["read"]
     reason = "used by a module, and by hand in a way that has no common block"
-    assert cover(Decoder()).uncovered["first.weight"] == reason
+    assert cover(Decoder()).uncovered == {"first.weight": reason, "first.bias": reason}
 
 
 def test_the_exact_fisher_of_a_tied_weight() -> None:
