@@ -237,7 +237,7 @@ class WithWeight(nn.Module):
         super().__init__()
         self.inner = network()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         return self.inner(x), self.inner[0].weight
 
 

@@ -98,8 +98,8 @@ def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True
     for name, p in left.items():
         owner = owners.get(id(p))
         reasons[name] = _reason(model, name, uses[p], excluded, owner, functional, covered)
-        weight = model.get_submodule(name.rpartition(".")[0])._parameters.get("weight")
-        if any(q is not None and None in hands.get(q, ()) for q in (p, weight)) and not _within(name, excluded):
+        whole = model.get_submodule(name.rpartition(".")[0])._parameters.get("weight")
+        if any(q is not None and None in hands.get(q, ()) for q in (p, whole)) and not _within(name, excluded):
             reasons[name] = "used by a module, and by hand in a way that has no common block"
     return Coverage(layers, reasons)
 
