@@ -11,7 +11,7 @@ from torch import nn
 
 from natgrad.capture import Capture
 from natgrad.engine import Engine
-from natgrad.fishers import Approximation, Coupled, Stats, Weighted, for_layer, pool
+from natgrad.fishers import Approximation, Coupled, Stats, Weighted, check_layers, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import WIDE, Layer, check_wide, cover
 from natgrad.likelihoods import Objective
@@ -67,8 +67,7 @@ def fisher(
     layers = cover(model, wide=wide).layers
     if not layers:
         raise ValueError("the model has no layer that an adapter covers")
-    for layer in layers.values():
-        for_layer(approximation, layer.kind).check(layer.name, layer.shape)
+    check_layers(approximation, layers.values())
     labels = Labels(likelihood, estimator, draws)
     if approximation.corrects and isinstance(batches, Iterator):
         batches = list(batches)

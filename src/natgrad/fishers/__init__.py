@@ -24,7 +24,7 @@ from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.kpsvd import KPSVD
 from natgrad.fishers.lanczos import Lanczos
 from natgrad.fishers.ng_plus import NGPlus
-from natgrad.fishers.sided import for_layer
+from natgrad.fishers.sided import check_layers, for_layer
 from natgrad.fishers.sngd import SNGD
 from natgrad.fishers.statistics import Mean, Samples, Statistic, Stats, as_capture, as_samples, pool
 from natgrad.fishers.tekfac import TEKFAC
@@ -75,6 +75,7 @@ __all__ = [
     "Weighted",
     "as_capture",
     "as_samples",
+    "check_layers",
     "for_layer",
     "pool",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from natgrad.fishers import KFAC, Approximation, Weighted, for_layer
+from natgrad.fishers import KFAC, Approximation, Weighted, check_layers, for_layer
 from natgrad.layers import WIDE, Coverage, Layer, check_wide, cover
 from natgrad.optim.cost import Cost, cost, size
 from natgrad.optim.curvature import LayerCurvature
@@ -77,8 +77,7 @@ def coverage(
     check_wide(wide)
     approximation, model = approximation or KFAC(), getattr(model, "_orig_mod", model)  # of torch.compile
     found = covered_by(model, approximation, exclude, wide)
-    for layer in found.layers.values():
-        for_layer(approximation, layer.kind).check(layer.name, layer.shape)
+    check_layers(approximation, found.layers.values())
     return report(model, found, approximation, matrices_of(model, found, wide) if shampoo else {}, examples=examples)
 
 

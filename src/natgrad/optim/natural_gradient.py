@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.engine import Engine
-from natgrad.fishers import KFAC, Approximation, Weighted, for_layer
+from natgrad.fishers import KFAC, Approximation, Weighted, check_layers
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer
 from natgrad.likelihoods import Objective
@@ -131,8 +131,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = Layerwise(
             approximation, found.layers, cadence, decay, weight_sharing, precision, self.damping
         )
-        for layer in found.layers.values():
-            for_layer(approximation, layer.kind).check(layer.name, layer.shape)
+        check_layers(approximation, found.layers.values())
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
         super().__init__(build_groups(model.parameters(), found.layers, natural, adamw, groups), natural)
@@ -214,8 +213,7 @@ class NaturalGradient(torch.optim.Optimizer):
         settings = self.defaults, self._adamw
         groups, found = extended(self.model, self.param_groups, self._covered, self._cover(), param_group, *settings)
         new = [layer for name, layer in found.layers.items() if name not in self.layers]
-        for layer in new:
-            for_layer(self._curvature.approximation, layer.kind).check(layer.name, layer.shape)
+        check_layers(self._curvature.approximation, new)
         for group in groups:
             super().add_param_group(group)
         self.layers, self.uncovered = found.layers, found.uncovered
@@ -336,9 +334,9 @@ class NaturalGradient(torch.optim.Optimizer):
                 remember_layer(self.layers[name], curvature, self.state)
         self._now = proposal.curvature
         move(proposal, self.layers, self.state, self._group_of)
+        matrices = {id(p) for p in self._matrices.values()}
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                matrices = {id(p) for p in self._matrices.values()}
                 adamw_step([p for p in group["params"] if id(p) not in matrices], self.state, group)
                 shampoo_step([p for p in group["params"] if id(p) in matrices], self.state, group, self._wide)
         moved = {id(p) for name in proposal.moves for p in self.layers[name].parameters}
