@@ -60,6 +60,11 @@ class Capture:
         return self.g.flatten(-3, -2)
 
     @property
+    def size(self) -> int:
+        """The number n of examples."""
+        return self.g.shape[-3]
+
+    @property
     def shared(self) -> bool:
         """Whether the weight is used at more than one position."""
         return self.a.shape[-2] > 1

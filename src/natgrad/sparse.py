@@ -186,6 +186,11 @@ class Together(Capture):
         return torch.cat([part.g for part in self.parts], -2)
 
     @property
+    def size(self) -> int:
+        """That of every part."""
+        return self.parts[0].size
+
+    @property
     def shared(self) -> bool:
         """Yes."""
         return True

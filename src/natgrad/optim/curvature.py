@@ -69,7 +69,7 @@ class LayerCurvature:
     def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
         """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
         assert self.matrix is not None
-        sizes = {capture.examples.start: capture.g.shape[-3] for capture in seen}  # draws are of the same examples
+        sizes = {capture.examples.start: capture.size for capture in seen}  # draws are of the same examples
         seeded = approximation.seed / sum(sizes.values())
         matrix = approximation.correct(self.matrix, seen, _decay(self.corrections + seeded, decay))
         try:
