@@ -94,13 +94,11 @@ def cover(model: nn.Module, exclude: Iterable[str] = (), functional: bool = True
     covered = {id(p) for layer in layers.values() for p in layer.parameters}
     left = {names[0]: p for p, names in uses.items() if p.requires_grad and id(p) not in covered}
     owners = {id(p): layer.owner for layer in found.values() if layer.owner for p in layer.parameters}
-    reasons = {}
-    for name, p in left.items():
-        owner = owners.get(id(p))
-        reasons[name] = _reason(model, name, uses[p], excluded, owner, functional, covered)
-        whole = model.get_submodule(name.rpartition(".")[0])._parameters.get("weight")
-        if any(q is not None and None in hands.get(q, ()) for q in (p, whole)) and not _within(name, excluded):
-            reasons[name] = "used by a module, and by hand in a way that has no common block"
+    apart = {id(weight) for weight, written in hands.items() if None in written}
+    reasons = {
+        name: _reason(model, name, uses[p], excluded, owners.get(id(p)), functional, covered, apart)
+        for name, p in left.items()
+    }
     return Coverage(layers, reasons)
 
 
@@ -144,10 +142,13 @@ def _reason(
     owner: nn.Module | None,
     functional: bool,
     covered: set[int],
+    apart: set[int],
 ) -> str:
     if _within(name, excluded):
         return "excluded"
     module = model.get_submodule(name.rpartition(".")[0])
+    if apart & {id(model.get_parameter(name)), id(module._parameters.get("weight"))}:
+        return "used by a module, and by hand in a way that has no common block"
     if adapter_of(module) and name.endswith("bias") and id(module._parameters.get("weight")) in covered:
         return "a bias that does not go with all uses of its layer's weight"
     if len(names) > 1:
