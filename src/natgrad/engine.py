@@ -152,7 +152,7 @@ class Engine:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._current is not None and output.requires_grad:
-                self._saw(layer, use.read(args, kwargs), output, read, use)
+                self._saw((layer, use), use.read(args, kwargs), output, read)
 
         return hook
 
@@ -165,7 +165,7 @@ class Engine:
             exposed = None
             if self.armed and self._training and module is owner:  # recorded or not: checkpoints repeat the operations
                 users = [((layer, use), layer.parameters[0], use.adapter) for layer, use in used]
-                exposed = Exposed(users, RULES, self._saw_inside, self._unread)  # type: ignore[arg-type]
+                exposed = Exposed(users, RULES, self._saw, self._unread)  # type: ignore[arg-type]
                 exposed.__enter__()
             active.append(exposed)
 
@@ -176,28 +176,21 @@ class Engine:
 
         return opening, closing
 
-    def _saw(
-        self, layer: Layer, x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor], use: Layer | None = None
-    ) -> None:
-        """Record a call of a layer with input x (n, ...); ``read`` brings its output into such a form."""
+    def _saw(self, used: tuple[Layer, Layer], x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+        """Record a use of a layer, (layer, use), with input x (n, ...); ``read`` brings its output into such a form."""
+        layer, use = used
         if self._current is None or not output.requires_grad or not layer.parameters[0].requires_grad:
             return
         calls = self._current.calls.setdefault(layer.name, [])
         if any(call.output() is output for call in calls):  # a module called where its weight is looked out for
             return
-        call = Call(x, None, read, use or layer, ref(output))
+        call = Call(x, None, read, use, ref(output))
         self._count(x)
         if self.labels is None:
             output.register_hook(_gather(self._current, call))
         else:
             call.edge = get_gradient_edge(output)
         calls.append(call)
-
-    def _saw_inside(
-        self, used: tuple[Layer, Layer], x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]
-    ) -> None:
-        layer, use = used
-        self._saw(layer, x, output, read, use)
 
     def _unread(self, used: tuple[Layer, Layer], reason: str) -> None:
         self.unread[used[0].name] = reason

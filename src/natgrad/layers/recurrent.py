@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natgrad.layers.base import examples_first
 from natgrad.layers.functional import Exposed, LinearPart, Rule
 
 States = tuple[Tensor, ...]
+_EXAMPLES_FIRST = partial(examples_first, batch_first=False)  # of (t, n, d)
 Cell = Callable[[Tensor, Tensor, States], States]
 """(W_ih x + b_ih, W_hh h + b_hh, (h, ...)) -> the next states, h first."""
 
@@ -115,7 +117,7 @@ def _scan(
     """One layer in one direction on x (t, n, in): its outputs (t, n, H), and its last states."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if biased else (None, None)
-    gates = exposed.linear(x, w_ih, b_ih, _examples_first).unbind(0)
+    gates = exposed.linear(x, w_ih, b_ih, _EXAMPLES_FIRST).unbind(0)
     recurrent = _Repeated(w_hh, b_hh, len(x))
     projection = _Repeated(rest[-1], None, len(x)) if len(rest) % 2 else None
     outputs: list[Tensor] = [x] * len(x)
@@ -151,11 +153,7 @@ class _Repeated:
     def tell(self, exposed: Exposed) -> None:
         """Have the product seen."""
         if self._zeros is not None:
-            exposed.saw(torch.stack(self._inputs), self._w, self._zeros, _examples_first)
-
-
-def _examples_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
+            exposed.saw(torch.stack(self._inputs), self._w, self._zeros, _EXAMPLES_FIRST)
 
 
 _CELLS: dict[Any, Cell] = {torch.lstm_cell: lstm, torch.gru_cell: gru}
