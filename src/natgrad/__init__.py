@@ -34,7 +34,7 @@ from natgrad.fishers import (
     Woodbury,
 )
 from natgrad.jets import Jets
-from natgrad.layers import Adapter, register, unregister
+
 from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum
 from natgrad.optim import (
     AdaptiveKLLimit,
@@ -63,7 +63,6 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "AdaptiveKLLimit",
-    "Adapter",
     "Approximation",
     "Automatic",
     "Bernoulli",
@@ -106,7 +105,5 @@ __all__ = [
     "fisher",
     "reconstruct",
     "refresh",
-    "register",
     "restore",
-    "unregister",
 ]

@@ -1,77 +1,77 @@
-"""The engine: forward hooks that record what each layer saw, and with which output gradients.
+"""The engine: watches the operations of a forward pass, and records what each weight saw, with which output gradients.
 
 While ``armed``, a forward pass of the model leaves one :class:`Record` behind. With :class:`~natgrad.labels.Labels` the
-gradients are those of the model's own loss terms, sent backwards to the layer outputs alone when the model's forward
-ends: the user's graph stays, and ``.grad`` is never touched. Without, they are taken from the user's own backward pass.
-Only ``weigh`` changes what a backward pass leaves in ``.grad``.
+gradients are those of the model's own loss terms, sent backwards to the outputs of the operations alone when the pass
+ends: the user's graph stays, and ``.grad`` is never touched. Without, they are taken from the user's own backward pass,
+if it fills the ``.grad`` of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from natgrad.capture import Examples, Weights
-from natgrad.hooks import Hook, as_written, out_of_graph
+from natgrad.capture import Examples
+from natgrad.hooks import Hook, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
-from natgrad.layers import RULES, Exposed, Layer
-from natgrad.record import Call, Record
-from natgrad.weighting import Weighting
+from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
+from natgrad.operations import Call, Operand, Watch
+from natgrad.record import Record
+from natgrad.rows import rows_of
 
 
 class Engine:
-    """Records forward passes of ``model`` while ``armed``, for ``layers``, in training mode if ``only_training``."""
+    """Records passes of ``model`` while ``armed``, in training mode if ``only_training``.
+
+    A pass is a call of the model, or of one of its methods in ``calls``. ``batch_dim`` is the dimension of the examples
+    in the first tensor that a pass is given, ``None`` to find out by sizes. Records are kept until they are asked for,
+    or if not ``lasting`` until a backward pass has reached them or their outputs are gone.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Iterable[Layer],
         labels: Labels | None = None,
         only_training: bool = True,
+        *,
+        exclude: Iterable[str] = (),
+        wide: int | None = WIDE,
+        calls: Iterable[str] = (),
+        batch_dim: int | None = None,
+        lasting: bool = True,
     ) -> None:
         self.armed = False
         self.keep_inputs = False
         self.labels = labels
-        self.needs_ids = False
-        self.ids: Tensor | None = None
-        self.unread: dict[str, str] = {}  # layers that could not be recorded, and why
-        self._model, self._passing = model, 0
-        self._weightings: list[Weighting] = []
+        self.inventory = Inventory(model, tuple(exclude), wide)
+        self._model, self._only_training, self._batch_dim, self._lasting = model, only_training, batch_dim, lasting
         self._which = Examples()
-        self._only_training = only_training
-        self._records: list[Record] = []
-        self._current: Record | None = None
-        self._open: ExitStack | None = None  # during a pass that is watched
+        self._records: list[Record] = []  # reached by a backward pass, or needing none
+        self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
+        self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
+        self._taps: list[Any] = []
+        self._pass: _Pass | None = None
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self._begin_pass, self._end_pass = out_of_graph(self._begin), out_of_graph(self._end)
-        self._handles = [model.register_forward_pre_hook(Hook(self._enter))]
-        self._last = model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True)
-        self.watch(layers)
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
+            model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
+        ]
+        self._methods = {name: self._watched(name) for name in calls}
 
-    def watch(self, layers: Iterable[Layer]) -> None:
-        """Record these layers, too."""
-        self._last.remove()  # to be the last again: the model may be a layer
-        owners: dict[nn.Module, list[tuple[Layer, Layer]]] = {}
-        for layer, use in [(one, use) for one in layers for use in one.uses]:
-            if use.owner is None:
-                hook = Hook(self._layer_hook(layer, use))
-                self._handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
-            else:
-                owners.setdefault(use.owner, []).append((layer, use))
-        for owner, used in owners.items():
-            opening, closing = self._exposing_hooks(owner, used)
-            self._handles.append(owner.register_forward_pre_hook(Hook(opening)))
-            self._handles.append(owner.register_forward_hook(Hook(closing), always_call=True))
-        self._last = self._model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True)
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers that have been seen."""
+        return self.inventory.layers
 
     def close_with(self, owner: object) -> None:
         """Close as soon as nobody holds ``owner`` any more; the model, which holds this engine, does not hold both."""
@@ -79,196 +79,229 @@ class Engine:
 
     def close(self) -> None:
         """Take all hooks off the model."""
-        self.weigh({})
-        if self._open is not None:
-            self._open.close()
-        for handle in [*self._handles, self._last]:
+        self._abandon()
+        for handle in [*self._handles, *self._taps]:
             handle.remove()
+        for name in self._methods:
+            vars(self._model).pop(name, None)
+        self._taps = []
 
     def begin(self, step: int) -> None:
         """Count the examples of this step from the next forward pass on."""
         self._which, self._outside = Examples(step), False
 
-    def weigh(self, weights: Mapping[Layer, Weights]) -> None:
-        """Weigh the examples of these layers, and of no others, in the user's backward passes from now on."""
-        for weighting in self._weightings:
-            weighting.close()
-        self._weightings = [Weighting(layer, weights[layer], self._on_their_way) for layer in weights]
-
     def everything(self) -> list[Record]:
         """All records, which are then forgotten."""
-        records, self._records = self._records, []
+        records = self._records
+        for record in records:
+            record.settle(None)
+        self._forget()
         return records
 
     def take(self) -> list[Record]:
-        """The records that the user's backward pass reached; these and all others are then forgotten."""
-        return [record for record in self.everything() if record.live]
+        """The records of passes whose backward pass filled gradients; these and all others are then forgotten."""
+        records = [record for record in self._records if record.tasks & self._filled.keys()]
+        for record in records:
+            record.settle(self._filled)
+        self._forget()
+        return records
 
     @property
     def pending(self) -> bool:
         """Whether there are records."""
-        return bool(self._records)
+        return bool(self._records) or len(self._waiting) > 0
 
     def discard(self, only_live: bool = False) -> None:
         """Forget the records; with ``only_live`` keep those whose backward pass may still come."""
-        self._records = [record for record in self._records if only_live and not record.live]
+        if only_live:
+            self._records = [record for record in self._records if not record.tasks & self._filled.keys()]
+            self._filled = {}
+        else:
+            self._forget()
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if (self.armed or self._weightings or self.needs_ids) and self._training:
-            self._begin_pass()
+    def _forget(self) -> None:
+        self._records, self._waiting, self._filled = [], WeakSet(), {}
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
 
-    def _begin(self) -> None:
-        if self._open is not None:  # a pass that was interrupted
-            self._open.close()
-        self._open, self._current = None, None
-        inside = torch._C._current_graph_task_id() != -1
-        if inside and self._outside:  # an activation checkpoint computes again what has been watched
-            return
-        if self.needs_ids and self.ids is None:
-            raise ValueError("coefficients of examples need their ids: call optimizer.examples(ids) before model(x)")
-        self._outside = not inside
-        self._which, self._passing = replace(self._which, ids=self.ids), 0
-        self._open = as_written()
-        self._current = Record(which=self._which) if self.armed else None
+    # A pass.
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.armed and self._training:
+            self._begin_pass(args, kwargs)
+
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._pass is not None:
+            self._end_pass(args, kwargs, output)
 
     @property
     def _training(self) -> bool:
-        return torch.is_grad_enabled() and (self._model.training or not self._only_training)
+        return torch.is_grad_enabled() and (self._model.training or not self._only_training) and not _transformed()
 
-    def _on_their_way(self, x: Tensor) -> Examples | None:
-        """The examples that reach a layer with input x; ``None`` outside of training."""
-        if not self._training:
-            return None
-        self._count(x)
-        return self._which
-
-    def _count(self, x: Tensor) -> None:
-        self._passing = self._passing or len(x)
-        if self.ids is not None and len(self.ids) != len(x):
-            raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
-
-    def _layer_hook(self, layer: Layer, use: Layer) -> Callable[..., None]:
-        read = partial(use.adapter.batched, use.module)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if self._current is not None and output.requires_grad:
-                self._saw((layer, use), use.read(args, kwargs), output, read)
-
-        return hook
-
-    def _exposing_hooks(
-        self, owner: nn.Module, used: list[tuple[Layer, Layer]]
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
-        active: list[Exposed | None] = []
-
-        def opening(module: nn.Module, args: tuple[Any, ...]) -> None:
-            exposed = None
-            if self.armed and self._training and module is owner:  # recorded or not: checkpoints repeat the operations
-                users = [((layer, use), layer.parameters[0], use.adapter) for layer, use in used]
-                exposed = Exposed(users, RULES, self._saw, self._unread)  # type: ignore[arg-type]
-                exposed.__enter__()
-            active.append(exposed)
-
-        def closing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            exposed = active.pop() if active else None
-            if exposed is not None:
-                exposed.__exit__(None, None, None)
-
-        return opening, closing
-
-    def _saw(self, used: tuple[Layer, Layer], x: Tensor, output: Tensor, read: Callable[[Tensor], Tensor]) -> None:
-        """Record a use of a layer, (layer, use), with input x (n, ...); ``read`` brings its output into such a form."""
-        layer, use = used
-        if self._current is None or not output.requires_grad or not layer.parameters[0].requires_grad:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._abandon()  # a pass that was interrupted
+        inside = torch._C._current_graph_task_id() != -1
+        if inside and self._outside:  # an activation checkpoint computes again what has been watched
             return
-        calls = self._current.calls.setdefault(layer.name, [])
-        if any(call.output() is output for call in calls):  # a module called where its weight is looked out for
-            return
-        call = Call(x, None, read, use, ref(output))
-        self._count(x)
-        if self.labels is None:
-            output.register_hook(_gather(self._current, call))
-        else:
-            call.edge = get_gradient_edge(output)
-        calls.append(call)
+        self._outside = not inside
+        record = Record(which=self._which)
+        watch = Watch(self.inventory.watched, self._noting(record), self._abandon)
+        self._pass = _Pass(record, watch)
+        self._pass.open.enter_context(as_written())
+        self._pass.open.enter_context(quiet(self._model))
+        self._pass.open.enter_context(watch)
 
-    def _unread(self, used: tuple[Layer, Layer], reason: str) -> None:
-        self.unread[used[0].name] = reason
+    def _noting(self, record: Record) -> Callable[[Call, Tensor], None]:
+        """Without labels: take the gradients of the user's backward pass as they come by."""
+        if self.labels is not None:
+            return lambda call, y: None
 
-    def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._open is not None:
-            self._end_pass(args, kwargs, output)
+        def note(call: Call, y: Tensor) -> None:
+            by_task = record.collect(call)
+
+            def hook(gradient: Tensor) -> None:
+                task = torch._C._current_graph_task_id()
+                by_task[task] = by_task[task] + gradient.detach() if task in by_task else gradient.detach()
+                self._reached(record, task)
+
+            y.register_hook(hook)
+
+        return note
+
+    def _reached(self, record: Record, task: int) -> None:
+        if record in self._waiting:
+            self._waiting.discard(record)
+            self._records.append(record)
+        record.tasks.add(task)
+
+    def _abandon(self) -> None:
+        if self._pass is not None:
+            self._pass.open.close()
+            self._pass = None
 
     def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        record, self._current = self._current, None
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-        if output is None:  # the model has raised
+        here, self._pass = self._pass, None
+        assert here is not None
+        here.open.close()
+        record, watch = here.record, here.watch
+        if output is None or not (watch.calls or watch.strays):  # the model has raised, or used no weight
             return
-        if self._passing:
-            self._which, self._passing = replace(self._which, start=self._which.start + self._passing), 0
-            self.ids = None
-        if record is None or not record.calls:
-            return
-        if self.keep_inputs:
-            record.inputs = (args, kwargs)
-        if self.labels is not None:
+        reached: set[int] = set()
+        returned = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        if self.labels is None:
+            record.rows = rows_of(self._batch_dim, leaves, None, watch)
+        else:
             if self.labels.source is not None:
                 self.labels.targets = self.labels.source(*args, **kwargs)
-            record.targets = self.labels.targets
-            self._send_back(record, self.labels, output)
-        self._records.append(record)
+            selected = self.labels.select(output)
+            outputs = selected if isinstance(selected, tuple) else (selected,)
+            returned = [*outputs, *returned]  # a pointer may make a new tensor
+            record.rows = rows_of(self._batch_dim, leaves, outputs, watch)
+            reached = self._send_back(record, watch, selected, self.labels)
+        if self.keep_inputs:
+            record.inputs, record.targets = (args, kwargs), self.labels and self.labels.targets
+        self._which = Examples(self._which.step, self._which.start + (record.rows.count or 0))
+        self._sort(record, watch, reached)
+        if not record.calls:
+            return
+        self._tap()
+        (self._records.append if self._lasting else self._waiting.add)(record)
+        for tensor in {id(x): x for x in returned}.values():
+            if tensor.grad_fn is not None:  # a parameter would keep the hook for ever
+                tensor.register_hook(partial(self._alive, record))
 
-    def _send_back(self, record: Record, labels: Labels, returned: Any) -> None:
-        selected = labels.select(returned)
-        outputs = selected if isinstance(selected, tuple) else (selected,)
+    def _alive(self, record: Record, gradient: Tensor) -> None:
+        self._reached(record, torch._C._current_graph_task_id())
+
+    def _tap(self) -> None:
+        """Note which backward passes fill gradients."""
+        if self._taps:
+            return
+
+        def fill(p: Tensor) -> None:
+            self._filled.setdefault(torch._C._current_graph_task_id(), set()).add(id(p))
+
+        self._taps = [p.register_post_accumulate_grad_hook(fill) for p in self.inventory.watched if p.requires_grad]
+
+    def _sort(self, record: Record, watch: Watch, reached: set[int]) -> None:
+        """Give every call to its layer; those of biases that are in no layer's block to the bias's own."""
+        inventory = self.inventory
+        learn(inventory, watch, reached)
+        for call in watch.calls:
+            known = inventory.layer(_place(inventory, call.weight), call.form)
+            if known is not None:
+                record.add(call, *known)
+            if call.bias is not None and (known is None or not known[0].biased):
+                alone = call.of_bias()
+                own = inventory.layer(_place(inventory, alone.weight), alone.form)
+                if own is not None:
+                    record.add(alone, *own)
+
+    def _send_back(self, record: Record, watch: Watch, selected: Any, labels: Labels) -> set[int]:
+        """Give the calls the gradients of the seeds; returns which strays the outputs depend on."""
+        outputs, rows = selected if isinstance(selected, tuple) else (selected,), record.rows
+        strays = {k: get_gradient_edge(y) for k, (_, _, y) in enumerate(watch.strays) if y is not None}
+        edges = [call.edge for call in watch.calls]
+        for call in watch.calls:
+            call.edge = None  # lets go of the graph
         tracked = [k for k, output in enumerate(outputs) if output.requires_grad]
         if not tracked:
-            return
-        calls = [call for layer_calls in record.calls.values() for call in layer_calls]
-        edges = [call.edge for call in calls if call.edge is not None]
+            return set()
         plain = tuple(x.detach() if x.dtype.itemsize >= 4 else x.detach().float() for x in outputs)
-        whole = plain if isinstance(selected, tuple) else plain[0]
-        heads = [outputs[k] for k in tracked]
-        with torch.autocast(plain[0].device.type, enabled=False):  # of the loss, which a user may write
-            record.terms, record.size = labels.terms(whole), max(map(len, plain))
-            if labels.estimator == "exact":
-                _refuse_stacked(record.calls, record.size)
-            for seed in labels.seeds(whole):
-                seeds = seed if isinstance(seed, tuple) else (seed,)
+        whole = plain if isinstance(selected, tuple) else rows.turned(plain[0])
+        reached: set[int] = set()
+        with torch.autocast(plain[0].device.type, enabled=False), sending():  # of the loss, which a user may write
+            labels.targets = rows.targets(labels.targets, plain[0])
+            record.terms = rows.by_example(labels.terms(whole))
+            mixed = not all(rows.matches(call.sizes) for call in watch.calls)
+            for seed in rows.seeds(labels, whole, mixed):
+                seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]
-                gradients = torch.autograd.grad(heads, edges, back, retain_graph=True, allow_unused=True)
-                for call, gradient in zip(calls, gradients, strict=True):
+                gradients = torch.autograd.grad(
+                    [outputs[k] for k in tracked],
+                    [*edges, *strays.values()],  # type: ignore[list-item]
+                    back,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                for call, gradient in zip(watch.calls, gradients, strict=False):
                     call.gradients.append(gradient)
-        for call in calls:
-            call.edge = None  # lets go of the graph
-        record.scale = len(calls[0].gradients) ** -0.5
-        for tensor in {id(x): x for x in (*heads, *tree_leaves(returned))}.values():  # a pointer may make a new tensor
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:  # a parameter would keep the hook for ever
-                tensor.register_hook(lambda _: setattr(record, "live", True))
+                reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
+        record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
+        return reached
+
+
+@dataclass
+class _Pass:
+    """A pass under way."""
+
+    record: Record
+    watch: Watch
+    open: ExitStack = field(default_factory=ExitStack)
+
+
+def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
+    """Enter into the inventory what a watch has seen; ``reached`` are the strays that the outputs depend on."""
+    facts = [
+        Fact(_place(inventory, call.weight), call.bias and _place(inventory, call.bias), call.form, *call.told)
+        for call in watch.calls
+    ]
+    strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
+    inventory.add(facts, strays)
+
+
+def _place(inventory: Inventory, operand: Operand) -> Place:
+    return Place(inventory.name(operand.parameter), operand.view)
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _close(engine: ref[Engine]) -> None:
     alive = engine()
     if alive is not None:
         alive.close()
-
-
-def _refuse_stacked(calls: Mapping[str, list[Call]], size: int) -> None:
-    """One exact seed reaches all rows of the output, and would mix those that are one example to a layer."""
-    for name, own in calls.items():
-        if len(own) > 1 and sum(len(call.x) for call in own) == size:
-            raise ValueError(
-                f"layer {name!r} was called {len(own)} times with {len(own[0].x)} examples, but the output has {size}: "
-                "with exact labels call it once on all of them, make one forward pass for each call, or sample labels"
-            )
-
-
-def _gather(record: Record, call: Call) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        record.live = True
-        first = call.gradients[0] if call.gradients else None
-        call.gradients = [gradient.detach() if first is None else first + gradient.detach()]
-
-    return hook

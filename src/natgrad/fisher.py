@@ -13,7 +13,7 @@ from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.fishers import Approximation, Coupled, Stats, Weighted, check_layers, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
-from natgrad.layers import WIDE, Layer, check_wide, cover
+from natgrad.layers import WIDE, Layer, check_wide, expected
 from natgrad.likelihoods import Objective
 from natgrad.matrix import Blocks, Grouped, Matrix
 from natgrad.record import Sharing
@@ -64,15 +64,12 @@ def fisher(
     if isinstance(approximation, Weighted):
         raise ValueError(f"{type(approximation).__name__} weighs examples and has no matrix per layer")
     check_wide(wide)
-    layers = cover(model, wide=wide).layers
-    if not layers:
-        raise ValueError("the model has no layer that an adapter covers")
-    check_layers(approximation, layers.values())
+    check_layers(approximation, expected(model, wide=wide).layers.values())
     labels = Labels(likelihood, estimator, draws)
     if approximation.corrects and isinstance(batches, Iterator):
         batches = list(batches)
-    with evaluating(model), closing(Engine(model, layers.values(), labels, only_training=False)) as engine:
-        matrices = _estimate(engine, model, approximation, batches, layers, weight_sharing, seed)
+    with evaluating(model), closing(Engine(model, labels, only_training=False, wide=wide)) as engine:
+        matrices = _estimate(engine, model, approximation, batches, weight_sharing, seed)
     return Blocks({name: Grouped(M) if len(M.shape) == 3 else M for name, M in matrices.items()})
 
 
@@ -93,21 +90,21 @@ def _estimate(
     model: nn.Module,
     approximation: Approximation,
     batches: Iterable[tuple[Any, Any]],
-    layers: dict[str, Layer],
     sharing: Sharing,
     seed: int,
 ) -> dict[str, Matrix]:
     stats: dict[str, Stats] = {}
-    for layer, seen in passes(engine, model, batches, layers, sharing, seed):
+    for layer, seen in passes(engine, model, batches, sharing, seed):
         here = pool(for_layer(approximation, layer.kind).observe(capture) for capture in seen)
         stats[layer.name] = pool([stats[layer.name], here]) if layer.name in stats else here
     if not stats:
         raise ValueError("the batches are empty, or reach no covered layer")
-    used = {name: for_layer(approximation, layer.kind) for name, layer in layers.items() if name in stats}
+    check_layers(approximation, engine.layers.values())
+    used = {name: for_layer(approximation, layer.kind) for name, layer in engine.layers.items() if name in stats}
     matrices = {name: chosen.assemble(chosen.merge(None, stats[name], 0.0)) for name, chosen in used.items()}
     if approximation.corrects:
         total = dict.fromkeys(matrices, 0.0)
-        for layer, seen in passes(engine, model, batches, layers, "expand", seed):  # eigenvalues are those of F
+        for layer, seen in passes(engine, model, batches, "expand", seed):  # eigenvalues are those of F
             weight = sum(float(capture.count) for capture in seen)
             total[layer.name] += weight
             decay = 1 - weight / total[layer.name] if weight else 1.0
@@ -119,7 +116,6 @@ def passes(
     engine: Engine,
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]],
-    layers: dict[str, Layer],
     sharing: Sharing,
     seed: int,
 ) -> Iterator[tuple[Layer, list[Capture]]]:
@@ -133,7 +129,7 @@ def passes(
             call(model, inputs)
         engine.armed = False
         for record in engine.everything():
-            for layer in layers.values():
+            for layer in engine.layers.values():
                 seen = list(record.captures(layer, sharing))
                 if seen:
                     yield layer, seen

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpoints
-from torch import Tensor
+from torch import Tensor, nn
 
 _REENTRANT = checkpoints.CheckpointFunction
 _open: list[ExitStack] = []  # of all engines, whose passes may overlap in any order
@@ -100,3 +100,46 @@ class _Plain:
                 return function(*args)
 
         return checkpoints.checkpoint(again, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+# Hooks of a user.
+
+_sending = False
+
+
+@contextmanager
+def sending() -> Iterator[None]:
+    """While gradients are sent back that are not the user's, the hooks that were made :func:`quiet` do nothing."""
+    global _sending
+    before, _sending = _sending, True
+    try:
+        yield
+    finally:
+        _sending = before
+
+
+class Quiet:
+    """A hook of a user that does nothing while gradients are sent back that are not the user's."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        """What the hook returns."""
+        return None if _sending else self._hook(*args)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """The backward hooks of modules whose forward runs here are :class:`Quiet` in that pass."""
+    tables = [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks) if table]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        table.update({key: Quiet(hook) for key, hook in table.items()})
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            for key, hook in hooks.items():
+                if isinstance(table.get(key), Quiet):
+                    table[key] = hook

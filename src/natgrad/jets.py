@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp
+from torch.overrides import handle_torch_function, has_torch_function
 
 _NO_FUNCTIONS_OF_ROWS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.modules.batchnorm._NormBase)
 _WITHOUT_SECOND = (nn.LayerNorm, nn.Threshold)  # torch 2.13 differentiates them twice to a wrong number
@@ -28,12 +29,19 @@ class JetLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """W x at every position, plus b at the first."""
-        y = F.linear(input, self.weight)
-        if self.bias is None:
-            return y
-        first = torch.zeros(input.shape[-2], 1, dtype=y.dtype, device=y.device)
-        first[0] = 1.0
-        return y + first * self.bias
+        return jet_linear(input, self.weight, self.bias)
+
+
+def jet_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x at every position, plus b at the first."""
+    if has_torch_function((input, weight)):
+        return handle_torch_function(jet_linear, (input, weight), input, weight, bias)
+    y = F.linear(input, weight)
+    if bias is None:
+        return y
+    first = torch.zeros(input.shape[-2], 1, dtype=y.dtype, device=y.device)
+    first[0] = 1.0
+    return y + first * bias
 
 
 class Jets(nn.Module):

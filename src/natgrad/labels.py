@@ -66,6 +66,11 @@ class Labels:
             raise ValueError("the empirical estimator needs targets")
         return self.likelihood.empirical(output, self.targets)
 
+    def signs(self, seed: Tensor) -> Tensor:
+        """A random sign for every row of a seed."""
+        numbers = torch.rand(len(seed), generator=self._stream(seed.device), device=seed.device)
+        return (2.0 * (numbers < 0.5) - 1.0).to(seed.dtype).view(-1, *(1,) * (seed.ndim - 1))
+
     def _stream(self, device: torch.device) -> torch.Generator:
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device).manual_seed(self._seed)

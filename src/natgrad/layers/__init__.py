@@ -1,21 +1,11 @@
-"""Which layers are understood, and how: one adapter per kind of layer."""
+"""How operations use weights, and the layers of a model that follow from the uses that were seen."""
 
-from natgrad.layers.base import Adapter
-from natgrad.layers.covering import WIDE, check_wide, cover
-from natgrad.layers.functional import Exposed
+from natgrad.layers.expected import expected
+from natgrad.layers.form import Form, form
+from natgrad.layers.inventory import WIDE, Fact, Inventory, Place, check_wide
 from natgrad.layers.layer import Coverage, Layer
-from natgrad.layers.registry import RULES, adapter_of, register, unregister
+from natgrad.layers.view import View
 
 __all__ = [
-    "RULES",
-    "WIDE",
-    "Adapter",
-    "Coverage",
-    "Exposed",
-    "Layer",
-    "adapter_of",
-    "check_wide",
-    "cover",
-    "register",
-    "unregister",
-]
+    "WIDE", "Coverage", "Fact", "Form", "Inventory", "Layer", "Place", "View", "check_wide", "expected", "form",
+]  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from natgrad.fishers import KFAC, Approximation, Weighted, check_layers, for_layer
-from natgrad.layers import WIDE, Coverage, Layer, check_wide, cover
+from natgrad.fishers import KFAC, Approximation, check_layers, for_layer
+from natgrad.layers import WIDE, Coverage, Layer, check_wide, expected
+from natgrad.look import look
 from natgrad.optim.cost import Cost, cost, size
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.shampoo import is_matrix
@@ -38,6 +40,7 @@ class Report:
     """The rows of every parameter; its text is a table with the totals below."""
 
     rows: tuple[Row, ...]
+    expected: bool = False
 
     @property
     def covered(self) -> float:
@@ -55,20 +58,28 @@ class Report:
         trained = sum(row.numbers for row in self.rows if row.rule != "none")
         memory, step, refresh = (sum(getattr(c, name) for c in costs) for name in ("memory", "step", "refresh"))
         total = f"curvature takes {memory / 1e6:.1f} MB, {_flops(step)} a step and {_flops(refresh)} a refresh"
-        share = f"{100 * self.covered:.1f} % of {trained} trained parameters have curvature"
+        share = f"{100 * self.covered:.1f} % of {trained:,} trained parameters have curvature"
+        if self.expected:
+            share = f"expected before the first pass: {share}"
         return f"{_table([_HEADER, *map(_words, self.rows)])}\n{share}; {total}"
 
 
 def coverage(
     model: nn.Module,
+    *inputs: Any,
     approximation: Approximation | None = None,
-    *,
     exclude: Iterable[str] = (),
     wide: int | None = WIDE,
     shampoo: bool = False,
     examples: int = 1,
+    method: str = "forward",
+    **named: Any,
 ) -> Report:
     """What :class:`~natgrad.NaturalGradient` with these settings would do with every parameter, and at what cost.
+
+    ``inputs`` and ``named`` are arguments of the model, or of its ``method``: one pass on tensors of their shapes,
+    without data where the model does not read values, shows what every parameter is used for. Without any the report
+    says what is expected by the classes of the modules. The model is left as it was.
 
     Flops are of products and factorisations, counted in a dry run of the approximation on shapes alone; what joins
     layers is not counted. Of methods that keep samples they hold for ``examples``, with one position each. Raises
@@ -76,17 +87,15 @@ def coverage(
     """
     check_wide(wide)
     approximation, model = approximation or KFAC(), getattr(model, "_orig_mod", model)  # of torch.compile
-    found = covered_by(model, approximation, exclude, wide)
+    if any(isinstance(x, Approximation) for x in inputs):
+        raise TypeError("the positional arguments of coverage are those of the model: write approximation=...")
+    exclude = tuple(exclude)
+    if inputs or named:
+        found = look(model, inputs, named, exclude, wide, method).coverage()
+    else:
+        found = expected(model, exclude, wide)
     check_layers(approximation, found.layers.values())
     return report(model, found, approximation, matrices_of(model, found, wide) if shampoo else {}, examples=examples)
-
-
-def covered_by(model: nn.Module, approximation: Approximation, exclude: Iterable[str], wide: int | None) -> Coverage:
-    """The layers that the approximation, or one that stands in for it, can be used on."""
-    if not isinstance(approximation, Weighted):
-        return cover(model, exclude, wide=wide)
-    reason = f"{type(approximation).__name__} has no form for tokens and shared weights"
-    return cover(model, exclude, functional=False, wide=wide).only(model, ["plain", "wide"], reason)
 
 
 def matrices_of(model: nn.Module, found: Coverage, wide: int | None) -> dict[str, nn.Parameter]:
@@ -100,14 +109,13 @@ def report(
     approximation: Approximation,
     matrices: Collection[str] = (),
     curvature: Mapping[str, LayerCurvature] | None = None,
-    unread: Mapping[str, str] | None = None,
     rest: str = "AdamW",
     examples: int = 1,
 ) -> Report:
     """The report on ``found``; with the ``curvature`` of training as it stands.
 
     ``matrices`` are those of the other parameters that Shampoo steps, and not ``rest``. A layer that the steps so far
-    have not seen counts as stepped by AdamW; ``unread`` says why, where that is known.
+    have not seen counts as stepped by AdamW.
     """
     known: dict[object, Cost | None] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -117,33 +125,33 @@ def report(
         chosen = for_layer(approximation, layer.kind)
         if key not in known:
             known[key] = cost(chosen, layer, examples)
-        reason = (unread or {}).get(name, "not seen")
         parameters = tuple(names[id(p)] for p in layer.parameters)
         row = _row(layer, approximation, known[key], parameters)
-        rows.append(row if curvature is None else _as_it_stands(row, curvature.get(name), reason))
+        rows.append(row if curvature is None else _as_it_stands(row, curvature.get(name)))
     numbers = {name: p.numel() for name, p in model.named_parameters()}
     for name, why in found.uncovered.items():
         rule = "Shampoo" if name in matrices else rest
         rows.append(Row(name, (name,), numbers[name], rule, rule, why))
     told = {name for row in rows for name in row.parameters}
     frozen = [name for name in numbers if name not in told]
-    return Report((*rows, *(Row(name, (name,), numbers[name], "none", "frozen", "not trained") for name in frozen)))
+    rows += [Row(name, (name,), numbers[name], "none", "frozen", "not trained") for name in frozen]
+    return Report(tuple(rows), found.expected)
 
 
 def _row(layer: Layer, approximation: Approximation, what: Cost | None, parameters: tuple[str, ...]) -> Row:
-    name = " = ".join(use.name for use in layer.uses)
-    why = "; ".join([type(layer.owner or layer.module).__name__, *_structure(layer, approximation)])
+    name = " = ".join([layer.name, *(other.removesuffix(".weight") for other in layer.names[1:])])
+    why = "; ".join([", ".join(layer.operations), *_structure(layer, approximation)])
     total = sum(part.numel() for part in layer.parts(list(layer.parameters)))
     block = " x ".join(map(str, layer.shape))
     return Row(name, parameters, total, "natural", what.structure if what else "-", why, block, what)
 
 
-def _as_it_stands(row: Row, now: LayerCurvature | None, unread: str) -> Row:
+def _as_it_stands(row: Row, now: LayerCurvature | None) -> Row:
     """The row of a layer once training has begun, or is about to."""
     if now is None:
         return replace(row, why=f"{row.why}; not seen yet", cost=row.cost and replace(row.cost, memory=0))
     if not now.refreshed:
-        return replace(row, rule="AdamW", structure="-", why=f"{row.why}; {unread}: AdamW", cost=None)
+        return replace(row, rule="AdamW", structure="-", why=f"{row.why}; not seen: AdamW", cost=None)
     if now.failures:
         row = replace(row, why=f"{row.why}; {now.failures} failed refreshes")
     memory = size(value for value in now.state().values() if isinstance(value, Tensor))
@@ -170,7 +178,7 @@ def _words(row: Row) -> tuple[str, ...]:
     costs = ("", "", "")
     if row.cost is not None:
         costs = f"{row.cost.memory / 1e6:.1f} MB", _flops(row.cost.step), _flops(row.cost.refresh)
-    return row.name, row.block, row.structure, str(row.numbers), *costs, row.why
+    return row.name, row.block, row.structure, f"{row.numbers:,}", *costs, row.why
 
 
 def _flops(count: float) -> str:

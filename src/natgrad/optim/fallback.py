@@ -12,16 +12,6 @@ from natgrad.layers import Coverage
 from natgrad.optim.curvature import LayerCurvature
 
 
-def refuse(uncovered: Mapping[str, str]) -> None:
-    """Raise ``ValueError`` with every parameter that AdamW would step though it was not excluded, and why."""
-    left = [f"{name} ({why})" for name, why in uncovered.items() if why != "excluded"]
-    if left:
-        raise ValueError(
-            f"strict=True, but {len(left)} parameters would have no curvature: {', '.join(left)}; name their modules "
-            "in exclude to leave them to AdamW"
-        )
-
-
 def no_samples(policy: object) -> RuntimeError:
     """The error of a step without a forward pass that was observed, under a policy that needs one."""
     return RuntimeError(
@@ -31,9 +21,10 @@ def no_samples(policy: object) -> RuntimeError:
 
 
 class Watch:
-    """Says, once for each, which gradients come from layers that were not observed, and which nothing steps.
+    """Says, once for each, which parameters have gradients and no curvature, and which nothing steps.
 
-    A warning, or with ``strict`` a ``RuntimeError``.
+    A warning for what no pass was seen to use and for what nothing steps; with ``strict`` a ``RuntimeError``, for
+    parameters whose use has no rule, too.
     """
 
     def __init__(self, strict: bool) -> None:
@@ -46,32 +37,33 @@ class Watch:
         found: Coverage,
         curvature: Mapping[str, LayerCurvature],
         groups: Iterable[Mapping[str, Any]],
-        unread: Mapping[str, str],
     ) -> None:
         """Look at the gradients of a step that observes."""
-        unseen = [
-            n
-            for n, c in curvature.items()
-            if not c.ready and n not in self._told and _moves(found.layers[n].parameters)
-        ]
-        stepped = {id(p) for group in groups for p in group["params"]}
-        left = [
-            name
-            for name, p in model.named_parameters()
-            if id(p) not in stepped and name not in found.uncovered and name not in self._told and _moves([p])
-        ]
-        told = [f"{name} ({unread[name]})" if name in unread else name for name in unseen]
+        covered = {id(p) for n, c in curvature.items() if c.ready for p in found.layers[n].parameters}
+        stepped = {id(p): group["rule"] for group in groups for p in group["params"]}
+        unseen, unread, left = [], [], []
+        for name, p in model.named_parameters():
+            if name in self._told or id(p) in covered or stepped.get(id(p)) == "adamw" or not _moves([p]):
+                continue
+            why = found.uncovered.get(name, "")
+            if id(p) not in stepped:
+                left += [] if why else [name]
+            elif "rule" in why or "common block" in why:
+                unread.append(f"{name} ({why})")
+            else:
+                unseen.append(name)
         text = []
         if unseen:
             text.append(
-                f"layers with gradients from a pass that was not observed: {', '.join(told)}; AdamW steps them; "
+                f"parameters with gradients from a pass that was not observed: {', '.join(unseen)}; AdamW steps them; "
                 "observed is what the very module that the optimizer was given calls in training mode, as far as its "
                 "output depends on it"
             )
         if left:
             text.append(f"parameters unfrozen since: {', '.join(left)}; hand them to add_param_group to train them")
-        if text and self._strict:
-            raise RuntimeError("; ".join(text))
+        if self._strict and (text or unread):
+            more = f"parameters that no rule reads: {', '.join(unread)}; name their modules in exclude" if unread else ""
+            raise RuntimeError("; ".join([*text, more] if more else text))
         self._told.update(unseen, left)
         if text:
             warnings.warn("; ".join(text), stacklevel=4)

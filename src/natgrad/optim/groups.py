@@ -7,24 +7,27 @@ from typing import Any, Literal
 
 from torch import nn
 
-from natgrad.layers import Coverage, Layer
+from natgrad.layers import Coverage, Inventory
 from natgrad.optim.adamw import DEFAULTS
 from natgrad.optim.validate import number
 
 
 def build_groups(
-    parameters: Iterable[nn.Parameter],
-    layers: Mapping[str, Layer],
+    model: nn.Module,
+    found: Coverage,
     natural: Mapping[str, Any],
     adamw: Mapping[str, Any] | Literal[False] | None,
     overrides: Iterable[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """One or two groups (``rule`` "natural" or "adamw") for every override, and for the parameters that have none.
+    """One or two groups for every override, and for the parameters that have none: ``rule`` "adamw" for parameters that
+    are excluded, "natural" for all others, of which those without curvature follow AdamW there.
 
-    Raises ``ValueError`` for an override without ``params``, of a foreign or repeated parameter, or of half a layer.
+    ``found`` is what is expected; without ``adamw`` what is not expected to have curvature is left out. Raises
+    ``ValueError`` for an override without ``params``, or of a foreign or repeated parameter.
     """
-    covered = {id(p) for layer in layers.values() for p in layer.parameters}
-    left = {id(p): p for p in parameters if p.requires_grad and (adamw is not False or id(p) in covered)}
+    first = {id(p) for name, p in model.named_parameters() if found.uncovered.get(name) == "excluded"}
+    covered = {id(p) for layer in found.layers.values() for p in layer.parameters}
+    left = {id(p): p for p in model.parameters() if p.requires_grad and (adamw is not False or id(p) in covered)}
     adamw = adamw or {}
     unknown = set(adamw) - set(DEFAULTS)
     if unknown:
@@ -38,26 +41,22 @@ def build_groups(
             raise ValueError("a group needs params: trained parameters of the model, each in one group only")
         for p in chosen:
             del left[id(p)]
-        groups += _split(chosen, covered, {**natural, **settings}, {**DEFAULTS, **adamw, **settings})
-    groups += _split(list(left.values()), covered, dict(natural), {**DEFAULTS, **adamw})
+        groups += _split(chosen, first, {**natural, **settings}, {**DEFAULTS, **adamw, **settings})
+    groups += _split(list(left.values()), first, dict(natural), {**DEFAULTS, **adamw})
     for group in groups:
         number(f"lr of the {group['rule']} rule", group["lr"], 0)
         number(f"weight_decay of the {group['rule']} rule", group["weight_decay"], 0)
         number("momentum", group.get("momentum", 0.0), 0, 1)
         group["first_lr"] = group["lr"]  # what a schedule's lr is compared with
-    of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-    for layer in layers.values():
-        if len({of.get(id(p)) for p in layer.parameters}) > 1:
-            raise ValueError(f"layer {layer.name!r}: weight and bias must be in one parameter group")
     return groups
 
 
 def _split(
-    parameters: list[nn.Parameter], covered: set[int], natural: dict[str, Any], adamw: dict[str, Any]
+    parameters: list[nn.Parameter], first: set[int], natural: dict[str, Any], adamw: dict[str, Any]
 ) -> list[dict[str, Any]]:
     kinds = [
-        {"params": [p for p in parameters if id(p) in covered], "rule": "natural", **natural},
-        {"params": [p for p in parameters if id(p) not in covered], "rule": "adamw", **adamw},
+        {"params": [p for p in parameters if id(p) not in first], "rule": "natural", **natural},
+        {"params": [p for p in parameters if id(p) in first], "rule": "adamw", **adamw},
     ]
     return [group for group in kinds if group["params"]]
 
@@ -65,24 +64,25 @@ def _split(
 def extended(
     model: nn.Module,
     groups: Iterable[Mapping[str, Any]],
-    found: Coverage,
-    more: Coverage,
+    inventory: Inventory,
     group: Mapping[str, Any],
     natural: Mapping[str, Any],
     adamw: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], Coverage]:
-    """What :func:`build_groups` makes of one more ``group``, and ``found`` with what of ``more`` that brings in."""
-    stepped = {id(p) for group in groups for p in group["params"]}
-    free = [p for p in model.parameters() if p.requires_grad and id(p) not in stepped]
-    given = _parameters(group)
-    chosen = {id(p) for p in given}
-    layers = {n: layer for n, layer in more.layers.items() if any(id(p) in chosen for p in layer.parameters)}
-    layers = {**layers, **found.layers}
-    added = build_groups([p for p in free if id(p) in chosen], layers, natural, adamw, [{**group, "params": given}])
-    order = {id(p): place for place, p in enumerate(model.parameters())}
-    names = sorted(layers, key=lambda name: order[id(layers[name].parameters[0])])
-    reasons = {name: why for name, why in more.uncovered.items() if id(model.get_parameter(name)) in chosen}
-    return added, Coverage({name: layers[name] for name in names}, {**found.uncovered, **reasons})
+) -> list[dict[str, Any]]:
+    """What :func:`build_groups` makes of one more ``group``."""
+    stepped = {id(p) for known in groups for p in known["params"]}
+    chosen = _parameters(group)
+    own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not chosen or any(id(p) not in own or id(p) in stepped for p in chosen) or len({*map(id, chosen)}) < len(chosen):
+        raise ValueError("a group needs params: trained parameters of the model, each in one group only")
+    first = {id(p) for p in chosen if inventory.excluded(own[id(p)])}
+    settings = {key: value for key, value in group.items() if key != "params"}
+    made = _split(chosen, first, {**natural, **settings}, {**adamw, **settings})
+    for one in made:
+        number(f"lr of the {one['rule']} rule", one["lr"], 0)
+        number(f"weight_decay of the {one['rule']} rule", one["weight_decay"], 0)
+        one["first_lr"] = one["lr"]
+    return made
 
 
 def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:

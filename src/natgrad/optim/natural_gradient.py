@@ -7,31 +7,30 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.engine import Engine
-from natgrad.fishers import KFAC, Approximation, Weighted, check_layers
+from natgrad.fishers import KFAC, Approximation, check_layers
 from natgrad.labels import Estimator, Labels
-from natgrad.layers import WIDE, Coverage, Layer
+from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
-from natgrad.optim.coverage import covered_by, matrices_of, report
+from natgrad.optim.coverage import matrices_of, report
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
-from natgrad.optim.fallback import Watch, no_samples, refuse
+from natgrad.optim.fallback import Watch, no_samples
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended
 from natgrad.optim.layerwise import Layerwise, State, blocks
-from natgrad.optim.proposal import Proposal, move, remember_layer, restore_dtypes
+from natgrad.optim.proposal import Proposal, keeping, move, remember_layer, restore_dtypes
 from natgrad.optim.shampoo import shampoo_step
-from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
-from natgrad.optim.validate import as_damping, check_settings, checked_ids
+from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
+from natgrad.optim.validate import as_damping, check_settings
 from natgrad.record import Record, Sharing
 
 
@@ -75,7 +74,11 @@ class NaturalGradient(torch.optim.Optimizer):
             the block is large) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
         seed: of the drawn labels.
-        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name: here, or once a step shows it.
+        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it.
+        calls: names of methods of the model, other than ``forward``, whose calls are passes too.
+        observe_in_eval: observe passes in ``eval()`` mode too.
+        batch_dim: the dimension of the examples in the first tensor that the model is given, ``None`` to find out by
+            sizes, and by what attention and recurrences know.
 
     Raises:
         TypeError, ValueError: for a setting of the wrong kind or outside its range, before anything is changed.
@@ -112,41 +115,36 @@ class NaturalGradient(torch.optim.Optimizer):
         grad_scaler: Any = None,
         seed: int = 0,
         strict: bool = False,
+        calls: Iterable[str] = (),
+        observe_in_eval: bool = False,
+        batch_dim: int | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         approximation = KFAC() if approximation is None else approximation
-        if step_size is None:
-            step_size = Constant() if isinstance(approximation, Weighted) else Automatic()
+        step_size = Automatic() if step_size is None else step_size
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
         refresh_every = getattr(approximation, "refresh_every", 1) if refresh_every is None else refresh_every
         observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
-        self._cover = partial(covered_by, model, approximation, tuple(exclude), wide)
-        found = self._cover()
-        if strict:
-            refuse(found.uncovered)
+        self._expected = expected(model, tuple(exclude), wide)
+        check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
         self.step_size, self.damping = step_size, as_damping(damping)
-        self._curvature = Layerwise(
-            approximation, found.layers, cadence, decay, weight_sharing, precision, self.damping
-        )
-        check_layers(approximation, found.layers.values())
+        self._curvature = Layerwise(approximation, {}, cadence, decay, weight_sharing, precision, self.damping)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
-        super().__init__(build_groups(model.parameters(), found.layers, natural, adamw, groups), natural)
-        self.param_groups[0]["clock"] = new_clock(self.damping.initial)
-        self._matrices = matrices_of(model, found, wide) if shampoo else {}
-        self._wide, self._watch = wide, Watch(strict)
+        self.model = model
+        super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
+        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "uses": []}
+        self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
-        self._multiples: dict[str, float] = {}
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
-        self._engine = Engine(model, found.layers.values(), labels)
+        watched = {"exclude": tuple(exclude), "wide": wide, "calls": tuple(calls), "batch_dim": batch_dim}
+        self._engine = Engine(model, labels, not observe_in_eval, lasting=False, **watched)
         self._engine.close_with(self)
         self._engine.keep_inputs = step_size.needs_inputs
-        self._engine.needs_ids = isinstance(approximation, Weighted) and approximation.needs_ids
         self._arm()
 
     # What a user reads.
@@ -193,14 +191,21 @@ class NaturalGradient(torch.optim.Optimizer):
         if labels is not None:
             labels.source, labels.targets = (targets, None) if callable(targets) else (None, targets)
 
-    def examples(self, ids: Tensor) -> None:
-        """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
-        self._engine.ids = checked_ids(ids).to(next(self.model.parameters()).device)
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers that have been seen; before the first pass that was observed, those that are expected."""
+        return self._covered.layers
+
+    @property
+    def uncovered(self) -> Mapping[str, str]:
+        """The trained parameters that are in none, and why."""
+        return self._covered.uncovered
 
     def __repr__(self) -> str:
         rest = "AdamW" if any(group["rule"] == "adamw" for group in self.param_groups) else "another optimizer"
-        known = self._curvature.approximation, self._matrices, self._now, self._engine.unread, rest
-        return str(report(self.model, self._covered, *known))
+        found = self._covered
+        matrices = matrices_of(self.model, found, self._wide) if self._shampoo else {}
+        return str(report(self.model, found, self._curvature.approximation, matrices, self._now, rest))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
@@ -210,15 +215,9 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         if "rule" in param_group:  # as build_groups makes them
             return super().add_param_group(param_group)
-        settings = self.defaults, self._adamw
-        groups, found = extended(self.model, self.param_groups, self._covered, self._cover(), param_group, *settings)
-        new = [layer for name, layer in found.layers.items() if name not in self.layers]
-        check_layers(self._curvature.approximation, new)
-        for group in groups:
+        self._engine.inventory.refresh()
+        for group in extended(self.model, self.param_groups, self._engine.inventory, param_group, self.defaults, self._adamw):
             super().add_param_group(group)
-        self.layers, self.uncovered = found.layers, found.uncovered
-        self._curvature = replace(self._curvature, layers=found.layers)
-        self._engine.watch(new)
 
     # One step.
 
@@ -238,6 +237,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         loss = self._evaluate(closure)
         self._group_of = {id(p): group for group in self._natural for p in group["params"]}
+        self._learn_layers()
         for p in self.model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
@@ -266,8 +266,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self._rescale(records)
         curvature = self._advance(records)
         names = [name for name, c in curvature.items() if c.refreshed and self.layers[name].has_gradient]
-        if self._multiples and type(self.step_size) is Constant:
-            return self._plain(curvature, names)
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
@@ -283,24 +281,14 @@ class NaturalGradient(torch.optim.Optimizer):
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
-        moves = {name: self.layers[name].unpack(D) for name, D in directions.D.items()}
-        return Proposal(curvature, moves, dict.fromkeys(names, 1.0), decision, read.get("drift", 0.0), lr)
-
-    def _plain(self, curvature: State, names: list[str]) -> Proposal | None:
-        """A step along multiples of the gradients at the cost of SGD: no blocks, no inner products, one number read."""
-        if not math.isfinite(norm([p.grad for p in self.model.parameters() if p.grad is not None])):
-            return None
-        shares, lr = self._rates(names)
-        moves = {name: [p.grad for p in self.layers[name].parameters] for name in names}
-        factors = {name: self._multiples[name] * share for name, share in shares.items()}
-        return Proposal(curvature, moves, factors, Decision(1.0, self._momentum), 0.0, lr)
+        return Proposal(curvature, directions.D, decision, read.get("drift", 0.0), lr)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
         state = self._curvature.filled(self._now)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if self._curvature.observes(self.steps):
-            self._watch(self.model, self._covered, advanced, self.param_groups, self._engine.unread)
+            self._watch(self.model, self._covered, advanced, self.param_groups)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
         return advanced
@@ -334,16 +322,22 @@ class NaturalGradient(torch.optim.Optimizer):
                 remember_layer(self.layers[name], curvature, self.state)
         self._now = proposal.curvature
         move(proposal, self.layers, self.state, self._group_of)
-        matrices = {id(p) for p in self._matrices.values()}
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                adamw_step([p for p in group["params"] if id(p) not in matrices], self.state, group)
-                shampoo_step([p for p in group["params"] if id(p) in matrices], self.state, group, self._wide)
-        moved = {id(p) for name in proposal.moves for p in self.layers[name].parameters}
+                self._first_order(group["params"], group)
+        moved = self._entries(proposal.moves)
         for group in self._natural:
             if group["lr"]:
-                unseen = [p for p in group["params"] if id(p) not in moved]
-                adamw_step(unseen, self.state, adamw_settings(group, self._adamw))
+                rest = [p for p in group["params"] if moved.get(id(p), 0) < p.numel()]
+                kept = [self.layers[name] for name in proposal.moves]
+                with keeping(kept, [p for p in rest if id(p) in moved]):
+                    self._first_order(rest, adamw_settings(group, self._adamw))
+
+    def _first_order(self, parameters: Iterable[nn.Parameter], group: dict[str, Any]) -> None:
+        """AdamW, or Shampoo for those that it is wanted for."""
+        matrices = {id(p) for p in matrices_of(self.model, self._covered, self._wide).values()} if self._shampoo else ()
+        adamw_step([p for p in parameters if id(p) not in matrices], self.state, group)
+        shampoo_step([p for p in parameters if id(p) in matrices], self.state, group, self._wide)
 
     # Helpers.
 
@@ -359,7 +353,24 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @property
     def _covered(self) -> Coverage:
-        return Coverage(self.layers, self.uncovered)
+        inventory = self._engine.inventory
+        return inventory.coverage() if inventory.facts or inventory.strays else self._expected
+
+    def _learn_layers(self) -> None:
+        """Take over the layers that passes have shown since the last step."""
+        inventory = self._engine.inventory
+        if self._curvature.layers is not inventory.layers:
+            check_layers(self._curvature.approximation, inventory.layers.values())
+            self._curvature = replace(self._curvature, layers=inventory.layers)
+            self.param_groups[0]["uses"] = inventory.saved()
+
+    def _entries(self, names: Iterable[str]) -> dict[int, int]:
+        """How many entries of every parameter these layers have."""
+        entries: dict[int, int] = {}
+        for layer in (self.layers[name] for name in names):
+            for part, p in zip(layer.parts([*layer.parameters]), layer.parameters, strict=True):
+                entries[id(p)] = entries.get(id(p), 0) + part.numel()
+        return entries
 
     @property
     def _momentum(self) -> float:
@@ -376,8 +387,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _rest(self, names: list[str]) -> Tensor | None:
         """A number that is finite if all gradients are that no inner product covers."""
-        covered = {id(p) for name in names for p in self.layers[name].parameters}
-        return finiteness([p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in covered])
+        covered = self._entries(names)
+        rest = (p for p in self.model.parameters() if covered.get(id(p), 0) < p.numel())
+        return finiteness([p.grad for p in rest if p.grad is not None])
 
     def _rescale(self, records: list[Record]) -> None:
         """Without a likelihood: gradients of the user's mean loss as those of the sum over all examples of the step."""
@@ -391,9 +403,6 @@ class NaturalGradient(torch.optim.Optimizer):
         samples = self.step_size.needs_samples(self._clock["memory"])
         self._engine.armed = samples or self._curvature.observes(self.steps)
         self._engine.begin(self.steps)
-        if not self._multiples:
-            self._multiples = self._curvature.multiples(self._now, self.steps)
-            self._engine.weigh(self._curvature.weights(self._now, self.steps))
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
 
@@ -407,7 +416,9 @@ class NaturalGradient(torch.optim.Optimizer):
         before = {"state": self.state, "param_groups": self.param_groups}
         super().load_state_dict(state_dict)
         restore_dtypes(self.param_groups, self.state, state_dict)
-        states = {name: self._kept(layer) for name, layer in self.layers.items()}
+        self._engine.inventory.restore(self.param_groups[0].get("uses", ()))
+        self._learn_layers()
+        states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
         now = State()
         if any("observations" in state for state in states.values()):
             try:
@@ -415,7 +426,7 @@ class NaturalGradient(torch.optim.Optimizer):
             except ValueError:
                 self.__setstate__(before)
                 raise
-        self._now, self._report, self._multiples = now, {}, {}
+        self._now, self._report = now, {}
         for name, curvature in now.items():
             remember_layer(self.layers[name], curvature, self.state)
         self._arm()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.layers import Layer
 from natgrad.optim.curvature import LayerCurvature
@@ -19,12 +20,11 @@ from natgrad.optim.step_size import Decision
 class Proposal:
     """Everything a step would change, computed before anything is.
 
-    The direction D of a layer is ``factors`` times ``moves``: tensors like its parameters, ``None`` standing for zeros.
+    ``moves`` are the directions D of the layers, as blocks.
     """
 
     curvature: State
-    moves: Mapping[str, Sequence[Tensor | None]]
-    factors: Mapping[str, float]
+    moves: Mapping[str, Tensor]
     decision: Decision
     drift: float
     lr: float
@@ -37,26 +37,40 @@ def move(
 
     P is the ``momentum`` in the state of a layer's weight; ``settings`` are the groups of parameters by their ids.
     """
-    mu = proposal.decision.mu
+    mu, alpha = proposal.decision.mu, proposal.decision.alpha
     for name, layer in layers.items():
         parameters = layer.parameters
         P, group = state[parameters[0]][f"{layer.slot}momentum"], settings[id(parameters[0])]
-        moves = proposal.moves.get(name)
-        if moves is None or not group["lr"]:
+        D = proposal.moves.get(name)
+        if D is None or not group["lr"]:
             P.zero_()
-        if moves is None:
+        if D is None:
             continue
-        alpha = proposal.decision.alpha * proposal.factors[name]
-        for parameter, step, D in zip(layer.parts(list(parameters)), layer.unpack(P), moves, strict=True):
-            if group["lr"]:
-                step.mul_(mu)
-            if group["lr"] and D is not None:
-                step.add_(D, alpha=alpha)
-            if group["nesterov"]:
-                step = mu * step if D is None else torch.add(mu * step, D, alpha=alpha)
-            if group["weight_decay"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(step, alpha=-proposal.lr)
+        if group["lr"]:
+            P.mul_(mu).add_(D, alpha=alpha)
+        step = torch.add(mu * P, D, alpha=alpha) if group["nesterov"] else P
+        for p, part, change in zip(parameters, layer.parts(list(parameters)), layer.unpack(step), strict=True):
+            own = settings.get(id(p), group)
+            if own["weight_decay"]:
+                part.mul_(1 - own["lr"] * own["weight_decay"])
+            share = 1.0 if own is group or not group["lr"] else own["lr"] / group["lr"]
+            part.add_(change, alpha=-proposal.lr * share)
+
+
+@contextmanager
+def keeping(layers: Iterable[Layer], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Set back what of these parameters is in one of the layers: the rest of them is stepped by another rule."""
+    chosen = {id(p) for p in parameters}
+    parts = [
+        part
+        for layer in layers
+        for p, part in zip(layer.parameters, layer.parts(list(layer.parameters)), strict=True)
+        if id(p) in chosen
+    ]
+    before = [part.clone() for part in parts]
+    yield
+    for part, values in zip(parts, before, strict=True):
+        part.copy_(values)
 
 
 def remember_layer(layer: Layer, curvature: LayerCurvature, state: MutableMapping[Any, dict[str, Any]]) -> None:

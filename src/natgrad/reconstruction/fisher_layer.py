@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from dataclasses import replace
 
@@ -10,16 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from natgrad.layers import Adapter, Layer
+from natgrad.layers import Layer
 from natgrad.matrix import Kronecker, OneSided, Rows
+from natgrad.operations import stand_for, unseen
 from natgrad.reconstruction.metric import Metric, Settings
-
-
-def behind(adapter: Adapter, names: tuple[str, ...]) -> Adapter:
-    """The adapter of a layer whose parameters ``names`` stand behind parametrizations: its block is W'."""
-    mine = copy.copy(adapter)
-    object.__setattr__(mine, "behind", names)  # it may be a frozen dataclass
-    return mine
 
 
 class FisherLayer(nn.Module):
@@ -27,11 +20,10 @@ class FisherLayer(nn.Module):
 
     observations: Tensor
 
-    def __init__(self, layer: Layer, settings: Settings, metric: Metric) -> None:
+    def __init__(self, layer: Layer, module: nn.Module, settings: Settings, metric: Metric) -> None:
         super().__init__()
-        self.settings, self.order = settings, tuple(layer.module._parameters)
-        self.biased = layer.adapter.has_bias(layer.module)
-        self.layer = replace(layer, adapter=behind(layer.adapter, layer.adapter.names[: 1 + self.biased]))
+        self.settings, self.order, self.layer = settings, tuple(module._parameters), layer
+        self._module = (module,)  # a tuple, so that it is not a submodule
         self.register_buffer("observations", torch.tensor(0))
         self.metric = metric
 
@@ -59,17 +51,24 @@ class FisherLayer(nn.Module):
 
     def chains(self) -> dict[str, parametrize.ParametrizationList]:
         """The parametrizations of the weight, and of the bias."""
-        lists = self.layer.module.parametrizations
+        lists = self.module.parametrizations
         assert isinstance(lists, nn.ModuleDict)
-        return {name: lists[name] for name in self.layer.adapter.behind}  # type: ignore[misc]
+        return {name: lists[name] for name in _names(self.layer)}  # type: ignore[misc]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that has the weight."""
+        return self._module[0]
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight."""
-        return self.layer.unpack(self._columns(slice(None, -1) if self.biased else slice(None)))[0]
+        weight = self.layer.unpack(self._columns(slice(None, -1) if self.layer.biased else slice(None)))[0]
+        return stand_for(weight, self.layer.parameters[0])
 
     def bias(self) -> Tensor:
         """The bias."""
-        return self._columns(slice(-1, None)).reshape(self.layer.parameters[1].shape)
+        bias = self.layer.parameters[1]
+        return stand_for(self._columns(slice(-1, None)).reshape(bias.shape), bias)
 
     def extra_repr(self) -> str:
         """The approximation."""
@@ -77,9 +76,10 @@ class FisherLayer(nn.Module):
 
     def _columns(self, chosen: slice) -> Tensor:
         """Some columns of S W', and of most maps no more than these."""
-        block = self.layer.pack(list(self.layer.parameters))
+        with unseen():
+            block = self.layer.pack(list(self.layer.parameters))
         S = self.metric.S
-        with torch.autocast(block.device.type, enabled=False):
+        with torch.autocast(block.device.type, enabled=False), unseen():
             if isinstance(S, Kronecker):
                 return (S.left @ block.to(S.left.dtype) @ S.right[..., chosen]).to(block.dtype)
             if isinstance(S, OneSided) and S.side == "right":
@@ -105,18 +105,22 @@ def fisher_layers_of(model: nn.Module) -> list[FisherLayer]:
     return [module for module in model.modules() if isinstance(module, FisherLayer)]
 
 
-def install(layer: Layer, settings: Settings, metric: Metric) -> None:
+def install(layer: Layer, module: nn.Module, settings: Settings, metric: Metric) -> None:
     """Parametrize a layer whose parameters hold W' already; unchecked by torch, as weight and bias need each other."""
-    fisher_layer = FisherLayer(layer, settings, metric)
-    weight, *bias = fisher_layer.layer.adapter.behind
-    parametrize.register_parametrization(layer.module, weight, fisher_layer, unsafe=True)
+    fisher_layer = FisherLayer(layer, module, settings, metric)
+    weight, *bias = _names(layer)
+    parametrize.register_parametrization(module, weight, fisher_layer, unsafe=True)
     for name in bias:
-        parametrize.register_parametrization(layer.module, name, _Bias(fisher_layer), unsafe=True)
+        parametrize.register_parametrization(module, name, _Bias(fisher_layer), unsafe=True)
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    return ("weight", "bias")[: 1 + layer.biased]
 
 
 def uninstall(fisher_layer: FisherLayer) -> None:
     """Take the parametrization off: the parameters stay as they are, in their old order."""
-    module = fisher_layer.layer.module
+    module = fisher_layer.module
     kind = type(module)  # deep copies share it, and torch deletes its properties
     own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = types.new_class(kind.__name__, kind.__bases__, exec_body=lambda space: space.update(own))

@@ -19,6 +19,8 @@ from natgrad.layers import Layer
 from natgrad.likelihoods import Objective
 from natgrad.matrix import FactorisationError, LinearMap, Root, inverse_roots
 from natgrad.matrix.base import check_damping
+from natgrad.operations import Call, Watch
+from natgrad.rows import Arrangement
 
 Batches = Iterable[tuple[Any, Any]]
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
@@ -107,34 +109,32 @@ def _seen(
     if settings.likelihood is None:
         yield from _local(model, batches, layers, settings.activations or {})
         return
-    labels = Labels(settings.likelihood, settings.estimator)
-    with closing(Engine(model, layers.values(), labels, only_training=False)) as engine:
-        yield from passes(engine, model, batches, layers, "expand", seed)
+    labels, by_weight = Labels(settings.likelihood, settings.estimator), {id(x.weight): x for x in layers.values()}
+    with closing(Engine(model, labels, only_training=False)) as engine:
+        for layer, seen in passes(engine, model, batches, "expand", seed):
+            if id(layer.weight) in by_weight:
+                yield by_weight[id(layer.weight)], seen
 
 
 def _local(
     model: nn.Module, batches: Batches, layers: dict[str, Layer], activations: Activations
 ) -> Iterator[tuple[Layer, list[Capture]]]:
     """Inputs, and the slopes of the layers' own activations in the place of output gradients: nothing is sent back."""
-    seen: list[tuple[Layer, list[Capture]]] = []
+    by_weight = {id(layer.weight): layer for layer in layers.values()}
+    weights = [layer.weight for layer in layers.values()]
+    for inputs, _ in batches:
+        seen: list[tuple[Layer, list[Capture]]] = []
 
-    def hook_of(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            slope = _slope(activations.get(layer.name), output)
-            x, g = layer.read(args, kwargs), layer.adapter.batched(module, slope).detach()
-            seen.append((layer, [_by_position(layer.adapter.inputs(module, x), layer.adapter.outputs(module, g))]))
+        def note(here: Call, y: Tensor) -> None:
+            layer = by_weight[id(here.weight.parameter)]
+            first, form = Arrangement(here.sizes), here.form
+            a = form.inputs(first(here.x), layer.biased)
+            g = form.outputs(first(here.read(_slope(activations.get(layer.name), y))))
+            seen.append((layer, [_by_position(a, g)]))
 
-        return hook
-
-    handles = [layer.module.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in layers.values()]
-    try:
-        for inputs, _ in batches:
+        with torch.enable_grad(), Watch(weights, note):
             call(model, inputs)
-            yield from seen
-            seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
+        yield from seen
 
 
 def _slope(activation: Callable[[Tensor], Tensor] | None, s: Tensor) -> Tensor:

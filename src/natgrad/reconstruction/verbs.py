@@ -6,15 +6,18 @@ The gradient in W' is S M, so gradient descent on W' moves W by S S M = F~^-1 M;
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from natgrad.fisher import evaluating
 from natgrad.fishers import SNGD, Approximation
 from natgrad.labels import Estimator
-from natgrad.layers import cover
+from natgrad.layers import Layer
 from natgrad.likelihoods import Objective
+from natgrad.look import look
 from natgrad.matrix import Root, eigh_root
 from natgrad.reconstruction.carry import carry, check_optimizer
 from natgrad.reconstruction.fisher_layer import fisher_layers_of, install, uninstall
@@ -72,20 +75,42 @@ def reconstruct(
     settings = Settings(approximation, likelihood, activations, estimator, damping, root, seed)
     if fisher_layers_of(model):
         raise ValueError("the model is reconstructed already: refresh it, or restore it first")
-    layers = cover(model, exclude, functional=False, wide=None).only(model, ["plain"], "").layers
+    exclude, batches = tuple(exclude), iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the batches are empty, or reach no covered layer")
+    layers = _suitable(model, first[0], exclude)
     if not layers:
-        raise ValueError("the model has no layer that an adapter covers")
+        raise ValueError("the model has no layer that can be reconstructed")
     for layer in layers.values():
         approximation.check(layer.name, layer.shape)
     settings.check_names(layers)
     check_optimizer(optimizer, layers.values())
     new = {}
-    for name, stats in gather(model, batches, layers, settings, seed).items():
+    for name, stats in gather(model, chain([first], batches), layers, settings, seed).items():
         new[name] = Metric.of(name, approximation.merge(None, stats, 0.0), settings)
     for name, metric in new.items():
         carry(layers[name], None, metric, optimizer)
-        install(layers[name], settings, metric)
+        install(layers[name], _holder(model, layers[name]), settings, metric)
     return model
+
+
+def _suitable(model: nn.Module, inputs: object, exclude: tuple[str, ...]) -> dict[str, Layer]:
+    """The layers that modules have as their ``weight``, whole, and alone."""
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, (tuple, list)) else (inputs,), {})
+    with evaluating(model):
+        found = look(model, args, kwargs, exclude, None).layers
+    return {
+        name: layer
+        for name, layer in found.items()
+        if layer.kind == "plain" and layer.whole and len(layer.names) == 1 and layer.names[0].endswith("weight")
+        if hasattr(_holder(model, layer), "weight") and (layer.bias is None or layer.bias is _holder(model, layer).bias)
+    }
+
+
+def _holder(model: nn.Module, layer: Layer) -> nn.Module:
+    """The module that has the weight of a layer."""
+    return model.get_submodule(layer.names[0].rpartition(".")[0])
 
 
 def refresh(

@@ -23,7 +23,6 @@ from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.fishers import Approximation, pool
 from natgrad.labels import Labels
-from natgrad.layers import cover
 from natgrad.matrix import Kronecker, KroneckerSum, Matrix, Spectral
 from natgrad.race.bench import start
 from natgrad.race.data import Dataset
@@ -91,8 +90,7 @@ def captured(model: nn.Module, likelihood: Any, pair: tuple[Tensor, Tensor], see
     """What every covered layer sees of one batch; the model is left as it was."""
     labels = Labels(likelihood, "sampled", targets=pair[1])
     labels.reseed(seed)
-    layers = cover(model).layers
-    engine = Engine(model, layers.values(), labels, only_training=False)
+    engine = Engine(model, labels, only_training=False)
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -104,7 +102,7 @@ def captured(model: nn.Module, likelihood: Any, pair: tuple[Tensor, Tensor], see
         engine.close()
         for module, mode in training.items():
             module.training = mode
-    return {name: capture for name, layer in layers.items() for capture in record.captures(layer)}
+    return {name: capture for name, layer in engine.layers.items() for capture in record.captures(layer)}
 
 
 def estimate(approximation: Approximation, seen: Capture) -> Matrix:

@@ -1,0 +1,101 @@
+"""Where the operand of an operation lies in its parameter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Span = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Sizes, strides and offset in the memory of a contiguous tensor."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of a parameter: sizes, strides and offset in a contiguous tensor of the parameter's shape.
+
+    Equal views have equal entries in the same order. A dimension of stride 0 repeats.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    @classmethod
+    def whole(cls, parameter: Tensor) -> View:
+        """All of it."""
+        return cls(tuple(parameter.shape), _dense(parameter.shape))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This view of a tensor like the parameter: of its memory if it is contiguous or the view is all of it."""
+        if self.size == tuple(tensor.shape) and self.stride == _dense(self.size):
+            return tensor
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    def within(self, operand: Tensor, base: Tensor) -> View | None:
+        """The view that ``operand`` is, a view of ``base``, which stands for this view; ``None`` if there is none."""
+        rest = operand.storage_offset() - base.storage_offset()
+        steps = [self._step(base, *pair) for pair in zip(operand.shape, operand.stride(), strict=True)]
+        stride = [step for step in steps if step is not None]
+        if len(stride) < len(steps):
+            return None
+        offset = self.offset
+        for d in sorted(range(base.ndim), key=lambda d: -base.stride(d)):
+            if base.stride(d):
+                index, rest = divmod(rest, base.stride(d))
+                offset += index * self.stride[d]
+        size = tuple(operand.shape)
+        return None if rest else View(size, _normal(size, tuple(stride)), offset)
+
+    def _step(self, base: Tensor, size: int, step: int) -> int | None:
+        """What a step in the memory of ``base``, taken ``size`` times, is in that of the parameter."""
+        if size == 1 or step == 0 or _normal(tuple(base.shape), base.stride()) == self.stride:
+            return step
+        for d in range(base.ndim):
+            times = step // base.stride(d) if base.stride(d) else 0
+            if times and times * base.stride(d) == step and times * (size - 1) < base.shape[d]:
+                return times * self.stride[d]
+        return None
+
+    @property
+    def entries(self) -> int:
+        """The number of different entries."""
+        return math.prod(n for n, step in zip(self.size, self.stride, strict=True) if step or n == 1)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The first and the last entry in memory."""
+        return self.offset, self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+
+
+def _normal(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides with those of dimensions of size 1, which mean nothing, as a dense tensor has them."""
+    return tuple(step if n > 1 else d for n, step, d in zip(size, stride, _dense(size), strict=True))
+
+
+def span(matrix: Tensor) -> Span:
+    """Where a view of a contiguous parameter lies."""
+    stride = tuple(step if size > 1 else 0 for size, step in zip(matrix.shape, matrix.stride(), strict=True))
+    return tuple(matrix.shape), stride, matrix.storage_offset()
+
+
+def overlap(one: View, other: View) -> bool:
+    """Whether two views of one parameter have an entry in common."""
+    (first, last), (start, end) = one.reach, other.reach
+    if last < start or end < first:
+        return False
+    marks = torch.zeros(max(last, end) + 1, dtype=torch.bool)
+    marks.as_strided(one.size, one.stride, one.offset).fill_(True)
+    return bool(marks.as_strided(other.size, other.stride, other.offset).any())
+
+
+def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(size):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,259 @@
+"""Rules of what is done entry by entry: scales, shifts, norms, and numbers that multiply or add to a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from natgrad.layers.product import Product
+from natgrad.layers.view import View
+from natgrad.operations.registry import rule, spelled
+from natgrad.operations.watch import Watch
+
+
+@rule(*spelled("mul", "multiply"))
+def multiply(watch: Watch, func: Any, input: Any, other: Any, **kwargs: Any) -> Tensor:
+    """w x, w being repeated along some dimensions of x."""
+    y = func(input, other, **kwargs)
+    _multiplied(watch, func, input, other, None, y)
+    return y
+
+
+@rule(*spelled("mul_", "multiply_"))
+def multiply_in_place(watch: Watch, func: Any, input: Tensor, other: Any) -> Tensor:
+    """The same, where x is overwritten."""
+    before = input.detach().clone() if watch.operand(other) is not None else None
+    y = func(input, other)
+    _multiplied(watch, func, input, other, before, y)
+    return y
+
+
+@rule(*spelled("add", "add_", "sub", "sub_", "subtract", "__rsub__"))
+def add(watch: Watch, func: Any, input: Any, other: Any, *, alpha: float = 1, **kwargs: Any) -> Tensor:
+    """x + w, w being repeated along some dimensions of x."""
+    operands = watch.operand(input), watch.operand(other)
+    y = func(input, other, alpha=alpha, **kwargs) if alpha != 1 else func(input, other, **kwargs)
+    name = func.__name__
+    signs = (1.0, -alpha) if name in ("sub", "sub_", "subtract") else (-1.0, 1.0) if name == "__rsub__" else (1.0, alpha)
+    for operand, x, rest, sign in zip(operands, (input, other), (other, input), signs, strict=True):
+        if operand is None or y is x:
+            continue
+        if not isinstance(rest, Tensor) or (rest.ndim == 0 and not rest.requires_grad):
+            watch.alias(y, replace(operand, factor=operand.factor * sign))
+        elif operands[0] is not None and operands[1] is not None:
+            watch.stray(x, "a sum of parameters", y)
+        elif not watch.added(x, y, "add", sign):
+            watch.stray(x, name, y)
+    return y
+
+
+@rule(*spelled("neg", "negative"))
+def negative(watch: Watch, func: Any, input: Tensor) -> Tensor:
+    """-w stands for w."""
+    y, operand = func(input), watch.operand(input)
+    if operand is not None:
+        watch.alias(y, replace(operand, factor=-operand.factor))
+    return y
+
+
+@rule(*spelled("div", "true_divide"))
+def divide(watch: Watch, func: Any, input: Any, other: Any, **kwargs: Any) -> Tensor:
+    """w over a number stands for w."""
+    y, operand = func(input, other, **kwargs), watch.operand(input)
+    if operand is not None and isinstance(other, (int, float)) and not kwargs:
+        watch.alias(y, replace(operand, factor=operand.factor / other))
+    else:
+        watch.other(func, (input, other), y)
+    return y
+
+
+@rule(*spelled("prelu"))
+def prelu(watch: Watch, func: Any, input: Tensor, weight: Tensor) -> Tensor:
+    """max(x, 0) + w min(x, 0), w having one entry, or one for every channel, the second dimension."""
+    y, operand = func(input, weight), watch.operand(weight)
+    if operand is not None:
+        spread = [1] * input.ndim
+        if weight.numel() > 1:
+            spread[1] = -1
+        view = View(*_aligned(operand.view, tuple(weight.view(spread).shape)), operand.view.offset)
+        scaled(watch, replace(operand, view=view), input.detach().clamp(max=0), y, "prelu")
+    return y
+
+
+# Norms.
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    watch: Watch,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """gamma z + beta of the input z as normalised at every position."""
+    shape = tuple(normalized_shape)
+    y = func(input, shape, weight, bias, eps)
+    _last(watch, weight, bias, lambda: func(input.detach(), shape, None, None, eps), y, len(shape), "layer_norm")
+    return y
+
+
+@rule(F.rms_norm)
+def rms_norm(
+    watch: Watch,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """gamma z of the input z as normalised at every position."""
+    shape = tuple(normalized_shape)
+    y = func(input, shape, weight, eps)
+    _last(watch, weight, None, lambda: func(input.detach(), shape, None, eps), y, len(shape), "rms_norm")
+    return y
+
+
+@rule(F.group_norm)
+def group_norm(
+    watch: Watch,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """gamma z + beta of the input z as normalised over groups of channels of each example."""
+    y = func(input, num_groups, weight, bias, eps)
+    _channels(watch, weight, bias, lambda: func(input.detach(), num_groups, None, None, eps), y, "group_norm")
+    return y
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    watch: Watch,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """gamma z + beta; the statistics are those of the whole batch, and their dependence on an example is left out, as
+    in every Fisher of a network with them."""
+    y = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    known = (None, None) if training else (running_mean, running_var)
+    _channels(watch, weight, bias, lambda: func(input.detach(), *known, None, None, training, 0.0, eps), y, "batch_norm")
+    return y
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    watch: Watch,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """gamma z + beta by the statistics of each example, or running ones."""
+    y = func(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    known = (None, None) if use_input_stats else (running_mean, running_var)
+    _channels(
+        watch, weight, bias, lambda: func(input.detach(), *known, None, None, use_input_stats, 0.0, eps), y,
+        "instance_norm",
+    )  # fmt: skip
+    return y
+
+
+def scaled(watch: Watch, weight: Any, x: Tensor, y: Tensor, operation: str, version: int | None = None) -> bool:
+    """Read y as w x, w being repeated along at least one dimension; returns whether it is."""
+    operand = watch.operand(weight)
+    if operand is None:
+        return False
+    sizes, strides = (), ()
+    lead = y.ndim - len(operand.view.size)
+    if lead < 0:
+        return False
+    sizes, strides = (1,) * lead + operand.view.size, (0,) * lead + operand.view.stride
+    own = [d for d in range(y.ndim) if sizes[d] > 1 and strides[d]]
+    rest = [d for d in range(y.ndim) if d not in own]
+    if not rest or sizes == tuple(y.shape):
+        return False
+    view = View(tuple(sizes[d] for d in own), tuple(strides[d] for d in own), operand.view.offset)
+    if not own:
+        view = View((1,), (1,), operand.view.offset)
+
+    def flat(z: Tensor) -> Tensor:
+        return z.permute(*rest, *own).reshape(*(z.shape[d] for d in rest), -1, 1)
+
+    form = Product(groups=tuple(range(max(1, len(own)))), outs=(), ins=())
+    version = x._version if version is None else version
+    operand = replace(operand, view=view)
+    watch.saw(form, operand, None, flat(x.detach().expand(y.shape)), y, flat, operation, version=version)
+    return True
+
+
+def _multiplied(watch: Watch, func: Any, input: Any, other: Any, before: Tensor | None, y: Tensor) -> None:
+    for weight, x in ((input, other), (other, input)):
+        operand = watch.operand(weight)
+        if operand is None or weight is y:
+            continue
+        if not isinstance(x, Tensor):
+            watch.alias(y, replace(operand, factor=operand.factor * float(x)))
+        elif watch.operand(x) is not None:
+            watch.stray(weight, "a product of parameters", y)
+        elif not scaled(watch, weight, x if before is None else before, y, "mul"):
+            watch.stray(weight, "mul", y)
+
+
+def _last(
+    watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], y: Tensor, dims: int, operation: str
+) -> None:
+    """A norm whose features are the last ``dims`` dimensions."""
+    if watch.operand(weight) is None and watch.operand(bias) is None:
+        return
+
+    def flat(z: Tensor) -> Tensor:
+        return z.flatten(-dims).unsqueeze(-1) if z.ndim > dims else z.reshape(1, -1, 1)
+
+    _norm(watch, weight, bias, flat(normalised()), y, flat, operation, dims)
+
+
+def _channels(watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], y: Tensor, operation: str) -> None:
+    """A norm whose features are the second dimension."""
+    if watch.operand(weight) is None and watch.operand(bias) is None:
+        return
+
+    def flat(z: Tensor) -> Tensor:
+        return z.movedim(1, -1).unsqueeze(-1)
+
+    _norm(watch, weight, bias, flat(normalised()), y, flat, operation, 1)
+
+
+def _norm(
+    watch: Watch, weight: Any, bias: Any, z: Tensor, y: Tensor, read: Callable[[Tensor], Tensor], operation: str, dims: int
+) -> None:
+    """Every feature is a group with the block [gamma | beta]."""
+    form = Product(groups=tuple(range(dims)), outs=(), ins=())
+    watch.saw(form, weight, bias, z, y, read, operation)
+
+
+def _aligned(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of a vector whose entries stand along the one dimension of ``shape`` that is not 1."""
+    return shape, tuple((view.stride[0] if view.stride else 1) if n > 1 else 0 for n in shape)

@@ -1,0 +1,39 @@
+"""The registry of rules: one for each operation on weights that is understood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from natgrad.operations.watch import RULES, Rule
+
+Known = TypeVar("Known", bound=Rule)
+
+
+def rule(*functions: Any) -> Callable[[Known], Known]:
+    """Let the decorated function be the rule of these functions of torch, or of your own.
+
+    A rule is called with the watch, the function, and its arguments. It computes what the function would, and tells the
+    watch what it has seen (:meth:`~natgrad.operations.Watch.product`). A function of your own has to dispatch through
+    ``torch.overrides.handle_torch_function``. The last rule given for a function counts. Raises ``TypeError`` for
+    anything that is not a function.
+    """
+    for function in functions:
+        if not callable(function):
+            raise TypeError(f"rule needs functions, got {function!r}")
+
+    def enter(known: Known) -> Known:
+        if not callable(known):
+            raise TypeError(f"a rule is a function, got {known!r}")
+        RULES.update(dict.fromkeys(functions, known))
+        return known
+
+    return enter
+
+
+def spelled(*names: str) -> list[Any]:
+    """The functions of these names in ``torch``, and the methods of its tensors."""
+    places = (torch, torch.Tensor)
+    return list({getattr(place, name) for name in names for place in places if hasattr(place, name)})

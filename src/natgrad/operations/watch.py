@@ -1,0 +1,251 @@
+"""The function mode that sees every operation on a parameter while it is active."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from natgrad.layers.form import Form
+from natgrad.layers.lookup import Lookup
+from natgrad.layers.product import ADDED
+from natgrad.layers.view import View
+from natgrad.operations.call import Call, Operand, Read
+
+Rule = Callable[..., Any]
+"""An operation on weights: called with the watch, the function and its arguments, it returns the function's result."""
+
+RULES: dict[Any, Rule] = {}
+"""The rules by the functions of torch that they are for."""
+
+
+class Watch(TorchFunctionMode):
+    """While active, sees the operations that take one of ``parameters``, or a view, cast or multiple of one.
+
+    ``parameters`` may map tensors that stand for them, such as fake ones, to parameters.
+    ``calls`` are the uses that a rule has read; ``strays`` the outputs of other operations, with the parameter and the
+    name of the operation. Nothing is computed otherwise than torch would, but for recurrences, whose fused kernels
+    become products: equal to rounding, with the same random numbers (cuDNN's dropout between layers has its own).
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter] | Mapping[Tensor, nn.Parameter],
+        noted: Callable[[Call, Tensor], None] | None = None,
+        abandoned: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._noted, self._abandoned = noted, abandoned
+        self.calls: list[Call] = []
+        self.strays: list[tuple[nn.Parameter, str, Tensor | None]] = []
+        self.batches: list[tuple[int, int]] = []  # numbers of examples that operations know of, and their dimension
+        pairs = parameters.items() if isinstance(parameters, Mapping) else ((p, p) for p in parameters)
+        self._parameters = {id(x): p for x, p in pairs}
+        self._aliases: dict[int, tuple[Tensor, Operand]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``func``, by its rule where it has one."""
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
+            return rule(self, func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.other(func, (*args, *kwargs.values()), result)
+        return result
+
+    # What rules call.
+
+    def operand(self, x: Any) -> Operand | None:
+        """What ``x`` is of a parameter; ``None`` for all else."""
+        if isinstance(x, Operand):
+            return x
+        if not isinstance(x, Tensor):
+            return None
+        parameter = self._parameters.get(id(x))
+        if parameter is not None:
+            return Operand(parameter, View.whole(parameter))
+        alias = self._aliases.get(id(x))
+        if alias is not None:
+            return alias[1]
+        base = x._base
+        found = None if base is None else self.operand(base)
+        if found is None or base is None:
+            return None
+        view = found.view.within(x, base)
+        return None if view is None else Operand(found.parameter, view, found.factor)
+
+    def __enter__(self) -> Watch:
+        """See operations from now on."""
+        _ACTIVE.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """See no more."""
+        super().__exit__(*error)
+        _ACTIVE.remove(self)
+
+    def product(
+        self,
+        form: Form,
+        weight: Any,
+        bias: Any,
+        x: Tensor,
+        compute: Callable[[Any, Any], Any],
+        read: Read | None = None,
+        **more: Any,
+    ) -> Any:
+        """What ``compute(weight, bias)`` returns, read as an operation of ``form`` at x (positions..., *inner)."""
+        y = compute(weight, bias)
+        self.saw(form, weight, bias, x, y, read, **more)
+        return y
+
+    def saw(
+        self,
+        form: Form,
+        weight: Any,
+        bias: Any,
+        x: Tensor,
+        y: Tensor,
+        read: Read | None = None,
+        operation: str = "linear",
+        part: str = "",
+        kept: Tensor | None = None,
+        version: int | None = None,
+    ) -> None:
+        """Note that y is such an operation at x; ``read`` brings y into the form (positions..., *outer)."""
+        used, added = (found if found and found.trained else None for found in map(self.operand, (weight, bias)))
+        if not y.requires_grad or (used is None and added is None):
+            return
+        read = read or _same
+        version = x._version if version is None else version
+        spread = form.features(read(y.detach())).shape[:-1] if added else None
+        edge, known = get_gradient_edge(y), used or added
+        assert known is not None
+        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread)
+        call = call if used else call.of_bias()
+        self.calls.append(call)
+        if self._noted is not None:
+            self._noted(call, y)
+
+    def alias(self, x: Tensor, of: Operand) -> None:
+        """Let ``x`` stand for an operand, until the pass ends."""
+        self._aliases[id(x)] = x, of
+
+    def stray(self, x: Any, operation: str, output: Any = None) -> None:
+        """Note that a parameter is used in a way that no rule reads."""
+        operand = self.operand(x)
+        if operand is not None and operand.trained:
+            edge = output if isinstance(output, Tensor) and output.requires_grad else None
+            self.strays.append((operand.parameter, operation, edge))
+
+    def unread(self, func: Any, *args: Any, name: str = "") -> Any:
+        """What ``func`` returns, a use of parameters that no rule reads."""
+        y = func(*args)
+        for x in _tensors(args):
+            self.stray(x, name or getattr(func, "__name__", str(func)), y)
+        return y
+
+    # Operations without a rule.
+
+    def other(self, func: Any, args: Iterable[Any], result: Any) -> None:
+        """Follow what an operation without a rule does with parameters: views, casts, or a use that nothing reads."""
+        found = [(x, operand) for x in _tensors(args) if (operand := self.operand(x)) is not None]
+        if not found:
+            return
+        name = getattr(func, "__name__", str(func))
+        for y in _tensors((result,)):
+            if not y.requires_grad or self.operand(y) is not None:
+                continue
+            x, operand = found[0]
+            if name in _COPIES and y.shape == x.shape:
+                self.alias(y, operand)
+                continue
+            for x, operand in found:
+                if not self._repeated(x, operand):
+                    self.stray(x, name, y)
+
+    def _repeated(self, x: Tensor, operand: Operand) -> bool:
+        """Whether x is a parameter that an example has one of each: it is then a use in itself, added to nothing."""
+        if not any(step == 0 and n > 1 for n, step in zip(operand.view.size, operand.view.stride, strict=True)):
+            return False
+        return self.added(x, x, "expand")
+
+    def added(self, x: Any, y: Tensor, operation: str, sign: float = 1.0) -> bool:
+        """Note that y is the sum of a parameter x, repeated along some dimensions, and something else; or is x itself.
+
+        The last dimension that is not repeated are outputs, the others are tokens. Returns whether this is so.
+        """
+        found = self.operand(x)
+        if found is None or x.ndim > y.ndim:
+            return False
+        lead = y.ndim - x.ndim
+        sizes, strides = (1,) * lead + found.view.size, (0,) * lead + found.view.stride
+        own = [d for d in range(y.ndim) if sizes[d] > 1 and strides[d]]
+        rest = [d for d in range(y.ndim) if d not in own]
+        if not rest or (sizes == tuple(y.shape) and all(sizes[d] == 1 for d in rest)):
+            return False  # a constant, or another parameter
+        *rows, out = own or [None]
+        steps = [strides[d] for d in rows]
+        if any(strides[a] != strides[b] * sizes[b] for a, b in zip(rows, rows[1:], strict=False)):
+            return False
+        width, tokens = (sizes[out], math.prod(sizes[d] for d in rows)) if out is not None else (1, 1)
+        step = strides[out] if out is not None else 1
+        where = y.shape[:0] + tuple(y.shape[d] for d in rest)
+
+        def read(g: Tensor) -> Tensor:
+            g = g.permute(*rest, *own)
+            return g.reshape(*where, tokens, width) if rows else g.reshape(*where, width)
+
+        if rows:
+            form: Form = Lookup(tokens)
+            view = View((tokens, width), (steps[-1], step), found.view.offset)
+            inputs = torch.arange(tokens, device=y.device).expand(*where, tokens)
+        else:
+            form, view = ADDED, View((width,), (step,), found.view.offset)
+            inputs = torch.ones((), dtype=y.dtype, device=y.device).expand(*where, 1)
+        operand = Operand(found.parameter, view, found.factor * sign)
+        self.saw(form, operand, None, inputs, y, read, operation)
+        return True
+
+
+def unseen() -> Any:
+    """A context in which no watch sees anything."""
+    return torch._C.DisableTorchFunction()
+
+
+def stand_for(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Let a tensor that was computed from a parameter, of its shape, be seen as the parameter itself; returns it."""
+    for watch in _ACTIVE:
+        if watch.operand(parameter) is not None:
+            watch.alias(tensor, Operand(parameter, View.whole(parameter)))
+    return tensor
+
+
+_ACTIVE: list[Watch] = []
+
+_COPIES = {
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous", "clone"
+}  # fmt: skip
+"""Operations whose result has the entries of what they are given, in memory of its own."""
+
+
+def _same(y: Tensor) -> Tensor:
+    return y
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (part for part in value if isinstance(part, Tensor))

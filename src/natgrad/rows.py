@@ -1,0 +1,143 @@
+"""Which dimension of what an operation saw are the examples: matched by sizes with the rows of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.labels import Labels
+from natgrad.operations import Watch
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Positions (..., a N b, ...) of N examples at dimension ``dim``, as (N, ...)."""
+
+    sizes: torch.Size
+    dim: int = 0
+    before: int = 1
+    after: int = 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (positions..., *rest) as (N, ..., *rest)."""
+        if not self.sizes:
+            return x.unsqueeze(0)
+        if self.before == self.after == 1:
+            return x if self.dim == 0 else x.movedim(self.dim, 0)
+        n = self.sizes[self.dim] // (self.before * self.after)
+        return x.unflatten(self.dim, (self.before, n, self.after)).movedim(self.dim + 1, 0)
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """(N, t)."""
+        n = self.sizes[self.dim] // (self.before * self.after) if self.sizes else 1
+        return n, self.sizes.numel() // max(1, n)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many examples a pass has (``count``, ``None`` if that is not known), and the dimension that they prefer.
+
+    ``each`` are the rows that the output has of an example, next to each other unless ``apart``; ``second``: the
+    output has its examples in the second dimension.
+    """
+
+    count: int | None = None
+    dim: int = 0
+    each: int = 1
+    apart: bool = False
+    second: bool = False
+
+    def arrangement(self, sizes: torch.Size) -> Arrangement:
+        """Where the examples are among positions of these sizes: a dimension of their number, else a multiple of it.
+
+        Positions that fit nowhere, which the examples share, count as examples themselves.
+        """
+        n = self.count
+        if n is None or not sizes:
+            return Arrangement(sizes)
+        order = [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
+        for d in order:
+            if d < len(sizes) and sizes[d] == n:
+                return Arrangement(sizes, d)
+        if sizes[0] > n and sizes[0] % n == 0:
+            times = sizes[0] // n
+            return Arrangement(sizes, 0, times, 1) if self.apart else Arrangement(sizes, 0, 1, times)
+        return Arrangement(sizes)
+
+    def matches(self, sizes: torch.Size) -> bool:
+        """Whether positions of these sizes can be told apart by example."""
+        n = self.count
+        return n is None or (bool(sizes) and (n in sizes or (sizes[0] > n and sizes[0] % n == 0)))
+
+    # The output, and what is sent back from it.
+
+    def turned(self, x: Tensor) -> Tensor:
+        """An output (t, N, ...) as (N, t, ...), or back."""
+        return x.transpose(0, 1) if self.second else x
+
+    def targets(self, targets: Any, output: Tensor) -> Any:
+        """Targets (t, N, ...) as (N, t, ...)."""
+        fits = self.second and isinstance(targets, Tensor) and targets.shape[:2] == output.shape[:2]
+        return targets.transpose(0, 1) if fits else targets
+
+    def by_example(self, terms: Tensor | float) -> Tensor | float:
+        """Weights of loss terms (rows, terms), or the number of those of a row, as those of examples."""
+        if self.each == 1:
+            return terms
+        if not isinstance(terms, Tensor):
+            return terms * self.each
+        shape = (self.each, -1) if self.apart else (-1, self.each)
+        rows = terms.unflatten(0, shape)
+        return (rows.transpose(0, 1) if self.apart else rows).flatten(1)
+
+    def seeds(self, labels: Labels, output: Any, mixed: bool) -> Iterator[Any]:
+        """The seeds of the labels; exact ones reach one row of an example at a time.
+
+        If they are ``mixed``, that is if the examples of an operation are not known, every row of an exact seed has a
+        random sign: the mean over signs of the square of any sum of rows is the sum of their squares.
+        """
+        for seed in labels.seeds(output):
+            if labels.estimator != "exact" or not isinstance(seed, Tensor):
+                yield seed
+                continue
+            if mixed:
+                seed = seed * labels.signs(seed)
+            if self.each == 1:
+                yield seed
+                continue
+            number = torch.arange(len(seed), device=seed.device)
+            number = number // (len(seed) // self.each) if self.apart else number % self.each
+            for k in range(self.each):
+                here = (number == k).to(seed.dtype).view(-1, *(1,) * (seed.ndim - 1))
+                yield seed * here * self.each**0.5
+
+
+def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tensor] | None, watch: Watch) -> Rows:
+    """The examples of a pass: by ``batch_dim`` of its first input, by what operations know of them, else by sizes."""
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.ndim > (batch_dim or 0)]
+    rows = max(map(len, outputs)) if outputs else None
+    dim, count = batch_dim or 0, tensors[0].shape[batch_dim or 0] if tensors else rows
+    sizes = {size for x in tensors for size in x.shape[:2]}
+    known = [pair for pair in dict.fromkeys(watch.batches) if pair[0] in sizes]
+    if batch_dim is None and len({n for n, _ in known}) == 1 and (rows is None or rows % known[0][0] == 0 or _second(outputs, known[0][0])):
+        count, dim = known[0]
+    if outputs is None or rows is None or count is None:
+        seen = any(count in call.sizes for call in watch.calls)
+        return Rows(count if seen else None, dim)
+    if len(outputs) > 1:
+        return Rows(rows, dim)
+    if dim == 1 and _second(outputs, count):
+        return Rows(count, dim, second=True)
+    if rows == count or rows % max(count, 1) or count == 0:
+        return Rows(rows, dim)
+    return Rows(count, dim, rows // count, apart=dim == 1)
+
+
+def _second(outputs: Sequence[Tensor] | None, n: int) -> bool:
+    """Whether the output is (t, n, ...)."""
+    return outputs is not None and len(outputs) == 1 and outputs[0].ndim > 2 and outputs[0].shape[1] == n
