@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad import Gaussian
@@ -14,7 +16,8 @@ from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.jets import JetLinear
 from natgrad.labels import Labels
-from natgrad.layers import Layer, adapter_of, cover
+from natgrad.layers import Layer, expected
+from natgrad.look import look
 from natgrad.record import Record
 from oracles import assert_equal, block_of, per_example_gradients
 
@@ -120,22 +123,23 @@ def half_square(output: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def armed(model: nn.Module, labels: Labels | None, layers: dict[str, Layer] | None = None) -> Iterator[Engine]:
-    engine = Engine(model, (layers or cover(model).layers).values(), labels)
+def armed(model: nn.Module, labels: Labels | None = None, **settings: Any) -> Iterator[Engine]:
+    engine = Engine(model, labels, **settings)
     engine.armed = True
     yield engine
     engine.close()
 
 
-def recorded(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Record:
-    """The record of one forward pass: of the half square to ``y`` through the likelihood, or of the user's backward."""
+def recorded(model: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Record, Mapping[str, Layer]]:
+    """The record of one forward pass, of the half square to ``y`` through the likelihood or of the user's backward; and
+    the layers."""
     labels = None if y is None else Labels(Gaussian(), "empirical", targets=y.unsqueeze(0) if y.ndim == 1 else y)
-    with armed(model, labels) as engine:
+    with armed(model, labels, only_training=False) as engine:
         output = model(x)
         if y is None:
             half_square(output, torch.zeros_like(output)).backward()
         (record,) = engine.everything()
-    return record
+    return record, engine.layers
 
 
 def captured(record: Record, layer: Layer) -> Capture:
@@ -143,17 +147,20 @@ def captured(record: Record, layer: Layer) -> Capture:
     return capture
 
 
-def weight_gradients(model: nn.Module, record: Record, name: str) -> Tensor:
-    """DW (n, out, in) of one layer; a grouped layer's groups one above the other."""
-    (DW,) = captured(record, cover(model).layers[name]).weight_gradients()
-    return DW if DW.ndim == 3 else DW.movedim(0, 1).flatten(1, 2)
+def weight_gradients(record: Record, layers: Mapping[str, Layer], name: str) -> Tensor:
+    """DW (n, out, in) of one layer; a grouped layer's groups one above the other, an added bias as the last column."""
+    (DW,) = captured(record, layers[name]).weight_gradients()
+    DW = DW if DW.ndim == 3 else DW.movedim(0, 1).flatten(1, 2)
+    if f"{name}.bias" not in layers:
+        return DW
+    (column,) = captured(record, layers[f"{name}.bias"]).weight_gradients()
+    return torch.cat([DW, column], -1)
 
 
 def assert_per_example_gradients(model: nn.Module, x: Tensor, y: Tensor, name: str = "0") -> None:
-    expected = per_example_gradients(model, half_square, x, y)
-    assert_equal(weight_gradients(model, recorded(model, x, y), name), expected[name])
-    expected = per_example_gradients(model, half_square, x, torch.zeros_like(y))
-    assert_equal(weight_gradients(model, recorded(model, x), name), expected[name])
+    for target, used in ((y, y), (None, torch.zeros_like(y))):
+        by_autograd = per_example_gradients(model, half_square, x, used)[name]
+        assert_equal(weight_gradients(*recorded(model, x, target), name), by_autograd)
 
 
 @every_layer
@@ -167,18 +174,17 @@ def test_directional_is_the_inner_product_with_per_example_gradients(
     make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
     model, x = flatten(make()), torch.randn(N, *shape)
-    record, layer = recorded(model, x, torch.randn_like(model(x))), cover(model).layers["0"]
-    V = [torch.randn_like(p) for p in layer.parameters]
-    u = record.directional(layer, V)
-    assert u is not None
-    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "0"), stacked(layer, V))
-    assert_equal(u, expected.unsqueeze(0))
-
-
-def stacked(layer: Layer, tensors: list[Tensor]) -> Tensor:
-    """The block (out, in), groups one above the other."""
-    weight, *bias = (tensor.unsqueeze(0) for tensor in tensors)
-    return block_of(layer.module, weight, bias[0] if bias else None).squeeze(0)
+    y = torch.randn_like(model(x))
+    gradients = per_example_gradients(model, half_square, x, y)["0"]
+    record, layers = recorded(model, x, y)
+    weight, *bias = list(model[0].parameters())
+    V = {id(p): torch.randn_like(p) for p in (weight, *bias)}
+    along_layers = [
+        record.directional(layer, layer.parts([V[id(p)] for p in layer.parameters])) for layer in layers.values()
+    ]
+    u = torch.stack([along for along in along_layers if along is not None]).sum(0)
+    along = block_of(model[0], *(V[id(p)].unsqueeze(0) for p in (weight, *bias)), *([] if bias else [None]))
+    assert_equal(u, torch.einsum("noi,oi->n", gradients, along[0]).unsqueeze(0))
 
 
 @every_layer
@@ -186,26 +192,32 @@ def test_pack_and_unpack_are_inverse_and_put_the_bias_last(
     make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
     module = make()
-    layer = cover(module).layers[""]
+    layer = look(module, (torch.randn(N, *shape),)).layers[""]
     tensors = [torch.randn_like(p) for p in layer.parameters]
     packed = layer.pack(tensors)
     assert packed.shape == layer.shape
-    assert torch.equal(packed.reshape(-1, packed.shape[-1]), stacked(layer, tensors))
+    weight, *bias = (tensor.unsqueeze(0) for tensor in tensors)
+    stacked = block_of(module, weight, bias[0] if bias else None).squeeze(0)
+    assert torch.equal(packed.reshape(-1, packed.shape[-1]), stacked)
     for back, tensor in zip(layer.unpack(packed), tensors, strict=True):
         assert torch.equal(back, tensor)
 
 
 @every_layer
 def test_inputs_times_the_block_are_the_outputs(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
-    """s = W a at every position, and the adapter's forward is the module's."""
+    """s = W a at every position, and the form's product is what the operation returned."""
     module, x = make(), torch.randn(N, *shape)
-    layer = cover(module).layers[""]
-    weights = [p.detach() for p in layer.parameters]
+    record, layers = recorded(module, x)
+    layer, (use,) = layers[""], record.calls[""]
+    form, weights = use.call.form, [p.detach() for p in layer.parameters]
     with torch.no_grad():
-        read = layer.read((x,), {})
-        s = layer.adapter.inputs(module, read) @ layer.pack(weights).mT.unsqueeze(-3)
-        assert_equal(s, layer.adapter.outputs(module, module(x)), 1e-12)
-        assert_equal(layer.adapter.forward(module, weights, read), module(x), 1e-14)
+        added = module.get_parameter("bias") if "bias" in layers else torch.zeros(())  # by hand, after the product
+        y = use.how(use.call.read(module(x) - added))
+        s = form.inputs(use.x, layer.biased) @ layer.pack(weights).mT.unsqueeze(-3)
+        assert_equal(s, form.outputs(y), 1e-12)
+        operand, *bias = layer.parts(weights)
+        product = form.product(use.operand(layer, operand), bias[0] if bias else None, use.x)
+        assert_equal(product, y, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -224,22 +236,25 @@ def test_an_unbatched_input_is_a_batch_of_one(module: nn.Module, shape: tuple[in
     module = module.double()
     model = nn.Sequential(module)
     x = torch.randn(shape)
-    with armed(model, None) as engine:
-        half_square(model(x), torch.zeros(())).backward()
-        (record,) = engine.everything()
-    assert record.examples() == 1
-    expected = per_example_gradients(model, half_square, x.unsqueeze(0), torch.zeros_like(model(x)).unsqueeze(0))
-    assert_equal(weight_gradients(model, record, "0"), expected["0"])
+    record, layers = recorded(model, x)
+    assert len(captured(record, layers["0"]).g.movedim(-3, 0)) == 1
+    by_autograd = per_example_gradients(model, half_square, x.unsqueeze(0), torch.zeros_like(model(x)).unsqueeze(0))
+    assert_equal(weight_gradients(record, layers, "0"), by_autograd["0"])
 
 
 # Weights that are frozen, layers used twice, in place, in part.
 
 
-def test_a_frozen_weight_is_not_covered() -> None:
-    model = flatten(nn.Linear(4, 3))
-    model[0].weight.requires_grad_(False)
-    assert cover(model).layers == {}
-    assert cover(model).uncovered == {"0.bias": "the layer's weight is frozen or not a plain parameter"}
+def test_a_frozen_weight_is_not_covered_and_its_bias_is_a_layer_of_its_own() -> None:
+    for module, shape in ((nn.Linear(4, 3), (6, 4)), (nn.Conv2d(2, 4, 2, groups=2), (2, 3, 4))):
+        model, x = flatten(module), torch.randn(N, *shape)
+        model[0].weight.requires_grad_(False)
+        y = torch.randn_like(model(x))
+        record, layers = recorded(model, x, y)
+        assert list(layers) == ["0.bias"] and layers["0.bias"].parameters == [module.bias]
+        losses = (half_square(model(x[n : n + 1]), y[n : n + 1]) for n in range(N))
+        by_autograd = torch.stack([torch.autograd.grad(loss, layers["0.bias"].parameters)[0] for loss in losses])
+        assert_equal(weight_gradients(record, layers, "0.bias").squeeze(-1), by_autograd)
 
 
 def test_a_frozen_bias_leaves_a_block_without_its_column() -> None:
@@ -268,14 +283,14 @@ def test_a_layer_called_several_times_adds_up_its_calls() -> None:
     y = torch.randn(N, 2)
     for name in ("cell", "read"):
         assert_per_example_gradients(model, x, y, name)
-    record = recorded(model, x, y)
-    assert captured(record, cover(model).layers["cell"]).a.shape[-2] == 3 + 3 + 3 + 1
-    layer = cover(model).layers["cell"]
+    record, layers = recorded(model, x, y)
+    layer = layers["cell"]
+    assert captured(record, layer).a.shape[-2] == 3 + 3 + 3 + 1
     V = [torch.randn_like(p) for p in layer.parameters]
     u = record.directional(layer, V)
     assert u is not None
-    expected = torch.einsum("noi,oi->n", weight_gradients(model, record, "cell"), stacked(layer, V))
-    assert_equal(u, expected.unsqueeze(0))
+    gradients = per_example_gradients(model, half_square, x, y)["cell"]
+    assert_equal(u, torch.einsum("noi,oi->n", gradients, layer.pack(V)).unsqueeze(0))
 
 
 @pytest.mark.parametrize("inner", [nn.Linear(4, 4), nn.Linear(4, 4, bias=False)])
@@ -303,11 +318,13 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("likelihood", [True, False])
 def test_a_layer_that_is_not_reached_leaves_nothing(likelihood: bool) -> None:
     model, x, y = Branching(), torch.randn(N, 4), torch.randn(N, 4)
-    layers = cover(model).layers
+    model.use = True
+    _, all_layers = recorded(model, x)
     for use in (False, True):
         model.use = use
-        record = recorded(model, x, y if likelihood else None)
-        assert [len(list(record.captures(layer))) for layer in layers.values()] == [1, int(use), 0]
+        record, layers = recorded(model, x, y if likelihood else None)
+        assert list(layers) == ["always", "sometimes", "wasted"][:: 1 if use else 2]
+        assert [len(list(record.captures(layer))) for layer in all_layers.values()] == [1, int(use), 0]
         assert record.directional(layers["wasted"], [torch.zeros(4, 4), torch.zeros(4)]) is None
 
 
@@ -320,15 +337,15 @@ def test_batches_of_different_sizes_in_one_forward_are_refused_by_name() -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.tower(x) + self.tower(x[:1])
 
-    model = Pairs()
+    record, layers = recorded(Pairs(), torch.randn(N, 4), torch.zeros(N, 2))
     with pytest.raises(ValueError, match="layer 'tower' was called with batches of different sizes"):
-        captured(recorded(model, torch.randn(N, 4), torch.zeros(N, 2)), cover(model).layers["tower"])
+        captured(record, layers["tower"])
 
 
 def test_a_fraction_of_the_batch_is_its_first_examples() -> None:
     model, x = flatten(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(N, 4, 5, 4)
-    record, layer = recorded(model, x, torch.randn_like(model(x))), cover(model).layers["0"]
-    whole = captured(record, layer)
+    record, layers = recorded(model, x, torch.randn_like(model(x)))
+    layer, whole = layers["0"], captured(record, layers["0"])
     for fraction, n in ((0.4, 2), (0.01, 1), (1.0, 5)):
         (part,) = record.captures(layer, fraction=fraction)
         assert torch.equal(part.a, whole.a[:, :n]) and torch.equal(part.g, whole.g[:, :n])
@@ -337,8 +354,8 @@ def test_a_fraction_of_the_batch_is_its_first_examples() -> None:
 
 def test_reduce_sums_inputs_and_averages_gradients_over_positions() -> None:
     model, x = flatten(nn.Linear(4, 3)), torch.randn(N, 6, 4)
-    record, layer = recorded(model, x, torch.randn_like(model(x))), cover(model).layers["0"]
-    whole = captured(record, layer)
+    record, layers = recorded(model, x, torch.randn_like(model(x)))
+    layer, whole = layers["0"], captured(record, layers["0"])
     (reduced,) = record.captures(layer, "reduce")
     assert_equal(reduced.a, whole.a.sum(1, keepdim=True))
     assert_equal(reduced.g, whole.g.mean(1, keepdim=True))
@@ -348,24 +365,102 @@ def test_reduce_sums_inputs_and_averages_gradients_over_positions() -> None:
 # Coverage.
 
 
-def test_subclasses_that_keep_forward_are_covered_and_others_are_not() -> None:
-    class Renamed(nn.Linear):
-        pass
+class Renamed(nn.Linear):
+    """Another name for the same."""
 
-    class Scaled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
 
-    assert adapter_of(Renamed(2, 2)) is adapter_of(nn.Linear(2, 2)) is not None
-    assert adapter_of(Scaled(2, 2)) is None
-    assert cover(Scaled(2, 2)).uncovered["weight"] == "no adapter for Scaled"
+class Doubled(nn.Linear):
+    """What is added to the layer's output does not change what the layer is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Standardised(nn.Conv1d):
+    """A convolution with a weight of mean 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2), keepdim=True)
+        return F.conv1d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Offset(nn.LayerNorm):
+    """A norm whose scale is 1 + w, as in Gemma."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
+def test_what_a_subclass_computes_decides() -> None:
+    cases: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (Renamed(4, 3), (6, 4)), (Doubled(4, 3), (6, 4)), (randomised(Offset(4)), (6, 4)),
+    ]  # fmt: skip
+    for module, shape in cases:
+        model, x = flatten(module), torch.randn(N, *shape)
+        assert_per_example_gradients(model, x, torch.randn_like(model(x)))
+
+
+def test_a_forward_that_was_replaced_is_what_counts() -> None:
+    linear, x = nn.Linear(4, 3), torch.randn(N, 6, 4)
+    model = flatten(linear)
+    vars(linear)["forward"] = lambda x: F.linear(3 * x, -linear.weight, linear.bias)
+    assert_per_example_gradients(model, x, torch.randn_like(model(x)))
+    record, layers = recorded(model, x)
+    assert list(layers) == ["0", "0.bias"]  # of factors -1 and 1
+    assert_equal(captured(record, layers["0"]).a, 3 * x)
+
+
+def test_a_standardised_weight_is_left_out_with_the_reason_and_its_bias_is_not() -> None:
+    model, x = flatten(Standardised(2, 3, 3)), torch.randn(N, 2, 6)
+    found = look(model, (x,)).coverage()
+    assert list(found.layers) == ["0.bias"]
+    assert set(found.uncovered) == {"0.weight"} and "mean" in found.uncovered["0.weight"]
+
+
+class Sundry(nn.Module):
+    """Parameters that are used in every way that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.act, self.embed = nn.Linear(4, 4), nn.PReLU(4), nn.Embedding(3, 4)
+        self.left_out, self.unused, self.frozen = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4).requires_grad_(False),
+        )
+        self.power, self.wasted = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wasted.exp()
+        x = self.act(self.read(x)) + self.embed.weight[0]
+        return self.frozen(self.left_out(x) * self.power.exp()) @ self.embed.weight.T
 
 
 def test_every_parameter_is_covered_or_has_a_reason() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.ConvTranspose1d(4, 4, 1), nn.Embedding(3, 4))
-    model[2].weight = model[0].weight
-    coverage = cover(model)
-    assert list(coverage.layers) == ["3"]
-    assert coverage.uncovered["0.weight"] == "one parameter in several places: 0.weight, 2.weight"
-    assert coverage.uncovered["1.weight"] == "no adapter for PReLU"
-    assert set(coverage.uncovered) == {name for name, _ in model.named_parameters()} - {"3.weight"}
+    model, x = Sundry(), torch.randn(N, 4)
+    found = look(model, (x,), exclude=["left_out"]).coverage()
+    assert found.uncovered == {
+        "power": "used by exp: no rule",
+        "wasted": "used by exp: no rule",
+        "embed.weight": "used whole and in parts, or in two ways that have no common block",
+        "left_out.weight": "excluded",
+        "left_out.bias": "excluded",
+        "unused.weight": "not used in what was seen",
+        "unused.bias": "not used in what was seen",
+    }
+    assert list(found.layers) == ["read", "act"]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    covered = {id(p) for layer in found.layers.values() for p in layer.parameters}
+    assert covered | {id(model.get_parameter(name)) for name in found.uncovered} == trained
+
+
+def test_what_is_expected_before_a_pass_is_what_a_pass_finds() -> None:
+    for make, shape in LAYERS.values():
+        model = flatten(make())
+        found, before = look(model, (torch.randn(N, *shape),)).coverage(), expected(model)
+        assert before.expected and not found.expected
+        if isinstance(model[0], Conv1D):  # its bias is added by hand
+            assert list(before.layers) == ["0"] and list(found.layers) == ["0", "0.bias"]
+            continue
+        assert list(before.layers) == list(found.layers) == ["0"] and not before.uncovered
+        assert before.layers["0"].shape == found.layers["0"].shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -99,7 +100,12 @@ class Inventory:
             known = self.strays.setdefault(name, {})
             known[operation] = known.get(operation, False) or matters
         trained = tuple(p.requires_grad for p in self.parameters.values())
-        state = (len(self.facts), sum(map(len, self.strays.values())), sum(sum(x.values()) for x in self.strays.values()), trained)
+        state = (
+            len(self.facts),
+            sum(map(len, self.strays.values())),
+            sum(sum(x.values()) for x in self.strays.values()),
+            trained,
+        )
         if state != self._built:
             self._built = state
             self._build()
@@ -118,24 +124,13 @@ class Inventory:
     # From facts to layers.
 
     def _build(self) -> None:
-        blocks = list(self._blocks())
-        holders: dict[Place, set[int]] = {}
-        for number, block in enumerate(blocks):
-            for fact in block.facts:
-                if fact.bias is not None:
-                    holders.setdefault(fact.bias, set()).add(number)
-        own = {fact.weight.parameter for fact in self.facts}
-        lone: dict[Place, Fact] = {}
-        for number, block in enumerate(blocks):
-            places = {fact.bias for fact in block.facts}
-            bias = next(iter(places)) if len(places) == 1 else None
-            if bias is not None and (len(holders[bias]) > 1 or bias.parameter in own or not self._trains(bias)):
-                bias = None
-            block.bias = bias
-            if bias is None:
-                lone |= {place: fact for fact in block.facts if (place := fact.bias) is not None and self._trains(place)}
-        for place, fact in lone.items():
-            blocks.append(_Block(place, added(place), [Fact(place, None, added(place), fact.operation)], None))
+        blocks = list(self._blocks(self.facts))
+        joined = self._joined(blocks)
+        apart = {fact.bias: fact.operation for fact in self.facts if fact.bias is not None and fact.bias not in joined}
+        lone = [Fact(place, None, added(place), operation) for place, operation in apart.items()]
+        blocks = list(self._blocks([*self.facts, *lone])) if lone else blocks
+        for block in blocks:
+            block.bias = next((fact.bias for fact in block.facts if fact.bias in joined), None)
         order = {name: number for number, name in enumerate(self.parameters)}
         blocks.sort(key=lambda block: (order[block.place.parameter], block.place.view.offset))
         self._places = {}
@@ -147,14 +142,26 @@ class Inventory:
             old = self.layers.get(layer.name)
             layers[layer.name] = old if old is not None and _same(old, layer) else layer
             for fact in block.facts:
-                turned = block.key is not None and self._key(fact) != block.key
+                turned = self._key(fact) != block.key
                 self._places[fact.weight, fact.form] = layer.name, turned
         self.layers = layers
 
-    def _trains(self, place: Place) -> bool:
-        return self.parameters[place.parameter].requires_grad
+    def _joined(self, blocks: list[_Block]) -> set[Place]:
+        """The biases that are a column of a block: they go with all its uses, and have no other use."""
+        own = {fact.weight.parameter for fact in self.facts}
+        places = [{fact.bias for fact in block.facts} for block in blocks]
+        holders = Counter(place for each in places for place in each)
+        return {
+            bias
+            for each in places
+            if len(each) == 1 and (bias := next(iter(each))) is not None and holders[bias] == 1
+            if bias.parameter not in own and bias.parameter not in self._conflicts and self._trains(bias)
+        }
 
-    def _blocks(self) -> Iterator[_Block]:
+    def _trains(self, place: Place) -> bool:
+        return place.parameter in self.parameters and self.parameters[place.parameter].requires_grad
+
+    def _blocks(self, facts: Iterable[Fact]) -> Iterator[_Block]:
         """The uses of every weight that have one block; none of a weight whose uses have no common one."""
         self._conflicts = {
             name: f"used by {', '.join(sorted(strays))} too, which has no rule"
@@ -162,9 +169,9 @@ class Inventory:
             if (strays := [operation for operation, matters in known.items() if matters])
         }
         found: dict[str, list[_Block]] = {}
-        for fact in self.facts:
+        for fact in facts:
             name = fact.weight.parameter
-            if name in self._conflicts or name not in self.parameters:
+            if name in self._conflicts or not self._trains(fact.weight):
                 continue
             key, turned = self._key(fact), self._key(fact, turned=True)
             blocks = found.setdefault(name, [])
@@ -213,7 +220,8 @@ class Inventory:
     def _reason(self, name: str) -> str:
         if self.excluded(name):
             return "excluded"
-        if name in self._conflicts:
+        used = any(fact.weight.parameter == name or (fact.bias and fact.bias.parameter == name) for fact in self.facts)
+        if name in self._conflicts and used:
             return self._conflicts[name]
         operations = sorted(self.strays.get(name, ()))
         if operations:
@@ -225,7 +233,14 @@ class Inventory:
     def saved(self) -> list[Any]:
         """The facts, as plain lists."""
         return [
-            [_saved(fact.weight), _saved(fact.bias), type(fact.form).__name__, fact.form.values(), fact.operation, fact.part]
+            [
+                _saved(fact.weight),
+                _saved(fact.bias),
+                type(fact.form).__name__,
+                fact.form.values(),
+                fact.operation,
+                fact.part,
+            ]
             for fact in self.facts
         ]
 
@@ -267,10 +282,14 @@ def added(place: Place) -> Product:
 
 
 def _same(old: Layer, new: Layer) -> bool:
-    return all(
-        getattr(old, name) is getattr(new, name) or getattr(old, name) == getattr(new, name)
-        for name in ("view", "form", "bias_view", "slot", "names", "operations", "mixed", "diagonal")
-    ) and old.weight is new.weight and old.bias is new.bias
+    return (
+        all(
+            getattr(old, name) is getattr(new, name) or getattr(old, name) == getattr(new, name)
+            for name in ("view", "form", "bias_view", "slot", "names", "operations", "mixed", "diagonal")
+        )
+        and old.weight is new.weight
+        and old.bias is new.bias
+    )
 
 
 def _base(name: str) -> str:

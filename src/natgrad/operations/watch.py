@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -131,10 +133,13 @@ class Watch(TorchFunctionMode):
         edge, known = get_gradient_edge(y), used or added
         assert known is not None
         call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread)
-        call = call if used else call.of_bias()
-        self.calls.append(call)
-        if self._noted is not None:
-            self._noted(call, y)
+        calls = [call] if used else [call.of_bias()]
+        if used and added and used.factor != added.factor:  # the gradients of both have no common scale
+            calls = [replace(call, bias=None, spread=None), replace(call.of_bias(), gradients=[])]
+        for call in calls:
+            self.calls.append(call)
+            if self._noted is not None:
+                self._noted(call, y)
 
     def alias(self, x: Tensor, of: Operand) -> None:
         """Let ``x`` stand for an operand, until the pass ends."""
@@ -195,7 +200,7 @@ class Watch(TorchFunctionMode):
             return False  # a constant, or another parameter
         *rows, out = own or [None]
         steps = [strides[d] for d in rows]
-        if any(strides[a] != strides[b] * sizes[b] for a, b in zip(rows, rows[1:], strict=False)):
+        if any(strides[a] != strides[b] * sizes[b] for a, b in pairwise(rows)):
             return False
         width, tokens = (sizes[out], math.prod(sizes[d] for d in rows)) if out is not None else (1, 1)
         step = strides[out] if out is not None else 1
