@@ -12,7 +12,6 @@ from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.fishers import CoarseSpace, Coupled, Part
 from natgrad.labels import Labels
-from natgrad.layers import cover
 from natgrad.matrix import NetworkMap
 
 Seen = Mapping[str, Sequence[Capture]]
@@ -42,16 +41,15 @@ NETWORKS = (perceptron, convolutions, sequences)
 
 def seen_by(model: nn.Module, *batches: Tensor, likelihood: Likelihood | None = None) -> dict[str, list[Capture]]:
     """What every layer saw of the batches, labels drawn from the model."""
-    layers = cover(model).layers
     labels = Labels(likelihood or Bernoulli())
     labels.reseed(0)
-    engine = Engine(model, layers.values(), labels)
+    engine = Engine(model, labels)
     engine.armed = True
     for x in batches:
         model(x)
     records = engine.everything()
     engine.close()
-    return {name: [c for record in records for c in record.captures(layer)] for name, layer in layers.items()}
+    return {name: [c for record in records for c in record.captures(layer)] for name, layer in engine.layers.items()}
 
 
 def parts_of(approximation: Coupled, seen: Seen, damping: float) -> dict[str, Part]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import EKFAC, KFAC, Approximation, Bernoulli, Categorical, Gaussian
-from natgrad.layers import cover
+from natgrad.layers import expected
 from natgrad.likelihoods import Likelihood
 from oracles import assert_equal, error
 
@@ -31,7 +31,7 @@ def dense(model: nn.Module, operator: Any) -> dict[str, Tensor]:
     for p in model.parameters():
         starts[id(p)], end = end, end + p.numel()
     blocks = {}
-    for name, layer in cover(model).layers.items():
+    for name, layer in expected(model).layers.items():
         coordinates = [
             torch.arange(starts[id(p)], starts[id(p)] + p.numel()).view(p.shape).double() for p in layer.parameters
         ]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from natgrad import Categorical
 from natgrad.engine import Engine
 from natgrad.labels import Labels
-from natgrad.layers import cover
+from natgrad.layers import Layer
+from natgrad.look import look
 from natgrad.record import Record
 from oracles import assert_equal
 
@@ -40,16 +41,20 @@ def labels_of(estimator: Any, y: Tensor | None = None, draws: int = 2) -> Labels
 
 @contextmanager
 def engine_on(model: nn.Module, labels: Labels | None, **settings: Any) -> Iterator[Engine]:
-    engine = Engine(model, cover(model).layers.values(), labels, **settings)
+    engine = Engine(model, labels, **settings)
     engine.armed = True
     yield engine
     engine.close()
 
 
+def layers_of(model: nn.Module) -> list[Layer]:
+    return list(look(model, data()[:1]).layers.values())
+
+
 def captures(model: nn.Module, record: Record) -> list[Tensor]:
     return [
         tensor
-        for layer in cover(model).layers.values()
+        for layer in layers_of(model)
         for capture in record.captures(layer)
         for tensor in (capture.a, capture.g)
     ]
@@ -165,7 +170,7 @@ def test_several_forwards_before_one_backward_are_records_of_their_own(estimator
         F.cross_entropy(model(x), y, reduction="sum").backward()
         (whole,) = engine.take()
     assert [record.examples() for record in together] == [1, 3, 2]
-    for layer in cover(model).layers.values():
+    for layer in layers_of(model):
         for seed, capture in enumerate(whole.captures(layer)):
             pieces = [list(record.captures(layer))[seed] for record in together]
             assert_equal(torch.cat([piece.a for piece in pieces]), capture.a, 1e-12)
@@ -248,7 +253,7 @@ def test_one_capture_per_seed_and_the_count_of_terms(estimator: str | None, seed
     with engine_on(model, labels_of(estimator, y)) as engine:
         F.cross_entropy(model(x), y).backward()
         (record,) = engine.take()
-    for layer in cover(model).layers.values():
+    for layer in layers_of(model):
         seen = list(record.captures(layer))
         assert len(seen) == seeds
         assert all(capture.count == 4 / seeds for capture in seen), "they pool to the terms there are"
@@ -269,7 +274,7 @@ def test_scale_multiplies_the_gradients_of_the_users_own_loss() -> None:
             F.cross_entropy(model(x), y, reduction=reduction).backward()
             (record,) = engine.take()
         record.scale = scale
-        layer = cover(model).layers["4"]
+        layer = look(model, data()[:1]).layers["4"]
         (capture,) = record.captures(layer)
         directional = record.directional(layer, [p.detach() for p in layer.parameters])
         assert directional is not None

@@ -24,7 +24,7 @@ from natgrad import (
     NaturalGradient,
     QuadraticModel,
 )
-from natgrad.layers import cover
+from natgrad.look import look
 from oracles import assert_equal, error, ggn
 
 N = 6
@@ -130,7 +130,7 @@ def test_a_jet_is_differentiable_and_shares_the_weights() -> None:
 
 
 def test_all_layers_of_jets_are_covered() -> None:
-    found = cover(Jets(network(nn.Tanh())))
+    found = look(Jets(network(nn.Tanh())), [torch.randn(4, 3)]).coverage()
     assert [layer.shape for layer in found.layers.values()] == [(5, 4), (4, 6), (2, 5)] and not found.uncovered
 
 

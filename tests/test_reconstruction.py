@@ -17,7 +17,7 @@ import natgrad
 from natgrad import EKFAC, FOOF, KFAC, SNGD, Approximation, Categorical, Diagonal, ExactFisher, NGPlus, UnitWise
 from natgrad.capture import Capture
 from natgrad.fishers import Stats
-from natgrad.layers import Layer, cover
+from natgrad.layers import Layer, expected
 from natgrad.matrix import (
     FactorisationError,
     Grouped,
@@ -74,7 +74,7 @@ class Explicit:
 
     def __init__(self, model: nn.Module, lr: float, momentum: float) -> None:
         self.model, self.lr, self.momentum = model, lr, momentum
-        self.layers: dict[str, Layer] = cover(model).layers
+        self.layers: dict[str, Layer] = dict(expected(model).layers)
         self.stats: dict[str, Stats] = {}
         self.inverse: dict[str, Tensor] = {}
         self.velocity: dict[str, Tensor] = {}
@@ -97,16 +97,16 @@ class Explicit:
 def captures(model: nn.Module, x: Tensor) -> dict[str, Capture]:
     """What the layers see of inputs x, with g = 1, by hand."""
     seen: dict[str, Capture] = {}
-    layers = cover(model).layers
+    layers = dict(expected(model).layers)
 
     def hook_of(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-            a, g = layer.adapter.inputs(module, args[0]), layer.adapter.outputs(module, torch.ones_like(y))
+            a, g = layer.form.inputs(args[0], layer.biased), layer.form.outputs(torch.ones_like(y))
             seen[layer.name] = Capture(a.detach(), g, len(x), a.shape[-3] * a.shape[-2])
 
         return hook
 
-    handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers.values()]
+    handles = [model.get_submodule(layer.name).register_forward_hook(hook_of(layer)) for layer in layers.values()]
     model(x)
     for handle in handles:
         handle.remove()

@@ -137,18 +137,21 @@ class Engine:
 
     @property
     def _training(self) -> bool:
-        return torch.is_grad_enabled() and (self._model.training or not self._only_training) and not _transformed()
+        return torch.is_grad_enabled() and (self._model.training or not self._only_training)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._abandon()  # a pass that was interrupted
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform of torch.func is at work
+            return
         inside = torch._C._current_graph_task_id() != -1
         if inside and self._outside:  # an activation checkpoint computes again what has been watched
             return
         self._outside = not inside
+        plain = as_written()
         record = Record(which=self._which)
         watch = Watch(self.inventory.watched, self._noting(record), self._abandon)
         self._pass = _Pass(record, watch)
-        self._pass.open.enter_context(as_written())
+        self._pass.open.enter_context(plain)
         self._pass.open.enter_context(quiet(self._model))
         self._pass.open.enter_context(watch)
 
@@ -233,7 +236,7 @@ class Engine:
             known = inventory.layer(_place(inventory, call.weight), call.form)
             if known is not None:
                 record.add(call, *known)
-            if call.bias is not None and (known is None or not known[0].biased):
+            if call.bias is not None and call.bias.trained and (known is None or not known[0].biased):
                 alone = call.of_bias()
                 own = inventory.layer(_place(inventory, alone.weight), alone.form)
                 if own is not None:
@@ -294,11 +297,6 @@ def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
 
 def _place(inventory: Inventory, operand: Operand) -> Place:
     return Place(inventory.name(operand.parameter), operand.view)
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _close(engine: ref[Engine]) -> None:

@@ -144,15 +144,13 @@ def test_the_loss_terms_of_a_causal_model_are_those_of_its_own_loss(transformers
     """Padding on the right, labels -100 there: what counts is the labels after the first that are not ignored."""
     from natgrad.engine import Engine
     from natgrad.labels import Labels
-    from natgrad.layers import cover
 
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model, ids = gpt2(transformers, **dropout), sequences(6)
     mask = (torch.arange(LENGTH) < torch.tensor([9, 4, 5, 9, 2, 7])[:, None]).long()
     labels = ids.masked_fill(mask == 0, -100)
     likelihood = Categorical(output="logits", shift=1, ignore_index=-100)
-    layers = cover(model).layers
-    engine = Engine(model, layers.values(), Labels(likelihood, "empirical", targets=labels))
+    engine = Engine(model, Labels(likelihood, "empirical", targets=labels))
     engine.armed = True
     output = model(input_ids=ids, attention_mask=mask, labels=labels)
     loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -162,7 +160,7 @@ def test_the_loss_terms_of_a_causal_model_are_those_of_its_own_loss(transformers
     count = float((labels[:, 1:] != -100).sum())
     assert float(record.count()) == count
     rows = {"transformer.wte": 2 * count, "transformer.wpe": LENGTH - 1}  # two uses, and positions that all share
-    for name, layer in layers.items():  # what was captured adds up to the gradient of the model's own loss
+    for name, layer in engine.layers.items():  # what was captured adds up to the gradient of the model's own loss
         (seen,) = record.captures(layer)
         total = layer.unpack(sum(DW.sum(-3) for DW in seen.weight_gradients()) / count + torch.zeros(layer.shape))
         gradients = [p.grad for p in layer.parameters if p.grad is not None]

@@ -12,7 +12,7 @@ from training import backward, batch, copy_of, network, optimizer_of, same, trai
 import natgrad
 from cases import CASES, Case
 from natgrad import EKFAC, KFAC, ExactFisher, KLLimit, NaturalGradient
-from natgrad.layers import Layer, cover
+from natgrad.layers import Layer, expected
 from natgrad.optim.cost import cost, size
 
 BATCHES = [batch(step) for step in range(6)]
@@ -56,7 +56,7 @@ def test_the_report_is_that_of_the_optimizer_before_its_first_step() -> None:
 
 
 def layer_of(module: nn.Module) -> Layer:
-    (layer,) = cover(module).layers.values()
+    (layer,) = expected(module).layers.values()
     return layer
 
 

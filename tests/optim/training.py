@@ -17,10 +17,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class OwnNorm(nn.LayerNorm):
-    """A norm that has no adapter."""
+    """A norm whose parameters are used in ways that have no rule, and do at first what they do in any."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)
+        return F.layer_norm(input, tuple(self.normalized_shape)) * self.weight.abs() + self.bias.tanh()
 
 
 def network(seed: int = 3) -> nn.Sequential:

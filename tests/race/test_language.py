@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.layers import cover
+from natgrad.layers import expected
 from natgrad.race import language
 from natgrad.race.entries import ENTRIES
 from natgrad.race.run import Rules, run
@@ -60,7 +60,7 @@ def test_the_lstm_is_the_one_of_torch() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weight_matrix_is_covered(name: str) -> None:
     model = small(name)
-    covered = {id(p) for layer in cover(model).layers.values() for p in layer.parameters}
+    covered = {id(p) for layer in expected(model).layers.values() for p in layer.parameters}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     assert all(id(p) in covered | tables for p in model.parameters() if p.ndim == 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -230,9 +230,9 @@ class Inventory:
 
     # In and out of a checkpoint.
 
-    def saved(self) -> list[Any]:
-        """The facts, as plain lists."""
-        return [
+    def saved(self) -> dict[str, Any]:
+        """What was seen, as plain values."""
+        facts = [
             [
                 _saved(fact.weight),
                 _saved(fact.bias),
@@ -243,13 +243,15 @@ class Inventory:
             ]
             for fact in self.facts
         ]
+        return {"facts": facts, "strays": {name: dict(known) for name, known in self.strays.items()}}
 
-    def restore(self, saved: Iterable[Any]) -> None:
-        """Add facts that were saved; ``ValueError`` for those of another model."""
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """What was saved, in place of what is known; ``ValueError`` for what is of another model."""
         facts = []
-        for weight, bias, kind, values, operation, part in saved:
+        for weight, bias, kind, values, operation, part in saved.get("facts", ()):
             form = FORMS[kind](*map(_frozen, values))
             facts.append(Fact(self._restored(weight), bias and self._restored(bias), form, operation, part))
+        self.facts, self.strays = {}, {name: dict(known) for name, known in saved.get("strays", {}).items()}
         self.add(facts)
 
     def _restored(self, saved: Any) -> Place:

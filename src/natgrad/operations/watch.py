@@ -124,8 +124,9 @@ class Watch(TorchFunctionMode):
         version: int | None = None,
     ) -> None:
         """Note that y is such an operation at x; ``read`` brings y into the form (positions..., *outer)."""
-        used, added = (found if found and found.trained else None for found in map(self.operand, (weight, bias)))
-        if not y.requires_grad or (used is None and added is None):
+        used, added = self.operand(weight), self.operand(bias)
+        used = used if used is not None and used.trained else None
+        if not y.requires_grad or (used is None and (added is None or not added.trained)):
             return
         read = read or _same
         version = x._version if version is None else version

@@ -32,6 +32,8 @@ def build_groups(
     unknown = set(adamw) - set(DEFAULTS)
     if unknown:
         raise ValueError(f"adamw knows {', '.join(DEFAULTS)}, got {', '.join(sorted(unknown))}")
+    for name in ("lr", "weight_decay"):
+        number(f"{name} of the adamw rule", {**DEFAULTS, **adamw}[name], 0)
     groups: list[dict[str, Any]] = []
     for override in overrides:
         settings = {**override}

@@ -74,7 +74,8 @@ class Layerwise:
         """The state with placeholders for layers that it lacks, or whose bias was frozen or unfrozen since."""
         if state.layers.keys() == self.layers.keys() and all(_fits(c, self.layers[n]) for n, c in state.items()):
             return state
-        known = {name: c for name, c in state.items() if name in self.layers and _fits(c, self.layers[name])}
+        joined = self.approximation.together and state.layers  # statistics span the layers, and start anew
+        known = {n: c for n, c in state.items() if not joined and n in self.layers and _fits(c, self.layers[n])}
         layers = {n: known.get(n) or LayerCurvature.empty(self.of(n), layer) for n, layer in self.layers.items()}
         return State(layers, self._couple(layers))
 

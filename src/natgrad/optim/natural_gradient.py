@@ -135,7 +135,7 @@ class NaturalGradient(torch.optim.Optimizer):
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
-        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "uses": []}
+        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "uses": {}}
         self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
@@ -167,7 +167,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def statistics(self) -> dict[str, float]:
         """Numbers to log, of the last step and in total; reading them may wait for the device."""
         gradients = [p.grad for group in self._natural for p in group["params"] if p.grad is not None]
-        kept = [self._kept(layer) for layer in self.layers.values()]
+        kept = [self._kept(layer) for layer in self._curvature.layers.values()]
         directions = [state["momentum"] for state in kept if "momentum" in state]
         return {
             **{name: float(value) for name, value in self._clock.items() if name != "memory"},
@@ -265,8 +265,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
         curvature = self._advance(records)
-        names = [name for name, c in curvature.items() if c.refreshed and self.layers[name].has_gradient]
-        directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
+        layers = self._curvature.layers
+        names = [name for name, c in curvature.items() if c.refreshed and layers[name].has_gradient]
+        directions, lr = self._directions({name: layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
         if names and not records and self.step_size.needs_samples(self._clock["memory"]):
@@ -313,15 +314,15 @@ class NaturalGradient(torch.optim.Optimizer):
         """The largest learning rate of the groups, and what share of it every layer has."""
         rates = {key: group["lr"] for key, group in self._group_of.items()}
         lr = max(rates.values(), default=0.0)
-        return {name: rates[id(self.layers[name].parameters[0])] / lr if lr else 1.0 for name in names}, lr
+        return {name: rates[id(self._curvature.layers[name].weight)] / lr if lr else 1.0 for name in names}, lr
 
     def _apply(self, proposal: Proposal) -> None:
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if proposal.curvature is not self._now:
             for name, curvature in proposal.curvature.items():
-                remember_layer(self.layers[name], curvature, self.state)
+                remember_layer(self._curvature.layers[name], curvature, self.state)
         self._now = proposal.curvature
-        move(proposal, self.layers, self.state, self._group_of)
+        move(proposal, self._curvature.layers, self.state, self._group_of)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 self._first_order(group["params"], group)
@@ -329,7 +330,7 @@ class NaturalGradient(torch.optim.Optimizer):
         for group in self._natural:
             if group["lr"]:
                 rest = [p for p in group["params"] if moved.get(id(p), 0) < p.numel()]
-                kept = [self.layers[name] for name in proposal.moves]
+                kept = [self._curvature.layers[name] for name in proposal.moves]
                 with keeping(kept, [p for p in rest if id(p) in moved]):
                     self._first_order(rest, adamw_settings(group, self._adamw))
 
@@ -359,6 +360,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _learn_layers(self) -> None:
         """Take over the layers that passes have shown since the last step."""
         inventory = self._engine.inventory
+        inventory.add(())  # what is trained may have changed
         if self._curvature.layers is not inventory.layers:
             check_layers(self._curvature.approximation, inventory.layers.values())
             self._curvature = replace(self._curvature, layers=inventory.layers)
@@ -367,7 +369,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _entries(self, names: Iterable[str]) -> dict[int, int]:
         """How many entries of every parameter these layers have."""
         entries: dict[int, int] = {}
-        for layer in (self.layers[name] for name in names):
+        for layer in (self._curvature.layers[name] for name in names):
             for part, p in zip(layer.parts([*layer.parameters]), layer.parameters, strict=True):
                 entries[id(p)] = entries.get(id(p), 0) + part.numel()
         return entries
@@ -416,7 +418,7 @@ class NaturalGradient(torch.optim.Optimizer):
         before = {"state": self.state, "param_groups": self.param_groups}
         super().load_state_dict(state_dict)
         restore_dtypes(self.param_groups, self.state, state_dict)
-        self._engine.inventory.restore(self.param_groups[0].get("uses", ()))
+        self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
         self._learn_layers()
         states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
         now = State()
@@ -428,5 +430,5 @@ class NaturalGradient(torch.optim.Optimizer):
                 raise
         self._now, self._report = now, {}
         for name, curvature in now.items():
-            remember_layer(self.layers[name], curvature, self.state)
+            remember_layer(self._curvature.layers[name], curvature, self.state)
         self._arm()
