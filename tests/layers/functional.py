@@ -49,7 +49,8 @@ def blocks_by_hand(gradients: Mapping[str, Tensor], slices: Slices) -> dict[str,
     for name, (weight, rows, bias, own) in slices.items():
         part = gradients[weight][:, rows]
         part = part.unsqueeze(-1) if part.ndim == 2 else part
-        blocks[name] = block(part, gradients[bias][:, own] if bias and bias in gradients else None)
+        column = gradients[bias][:, own] if bias and bias in gradients else None
+        blocks[name] = block(part, column)  # groups one above the other
     return blocks
 
 
@@ -71,6 +72,7 @@ def assert_captured(
             (capture,) = record.captures(layer)
             (DW,) = capture.weight_gradients()
             scale = expected[name].norm().clamp(min=1e-3)  # a key's bias has gradients of rounding alone
+            DW = DW if DW.ndim == 3 else DW.movedim(0, 1).flatten(1, 2)
             assert DW.shape == expected[name].shape, name
             assert float((DW - expected[name]).norm() / scale) < 1e-10, name
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import natgrad
 from natgrad import FNGD, KFAC, Categorical, Constant, Gaussian, NaturalGradient
 from natgrad.labels import Labels
-from natgrad.layers import cover
+from natgrad.look import look
 from natgrad.optim.directions import Directions
 from natgrad.reconstruction.fisher_layer import fisher_layers_of
 from oracles import assert_equal
@@ -84,8 +84,11 @@ def slices_of(attn: nn.MultiheadAttention, prefix: str = "attn.") -> Slices:
     slices: dict[str, tuple[str, slice, str | None, slice]] = {}
     for letter, own in rows.items():
         weight, part = ("in_proj_weight", own) if packed else (f"{letter}_proj_weight", EVERYTHING)
-        slices[f"{prefix}in_proj.{letter}"] = f"{prefix}{weight}", part, f"{prefix}in_proj_bias", own
+        name = f"in_proj.{letter}" if packed else f"{letter}_proj"
+        slices[f"{prefix}{name}"] = f"{prefix}{weight}", part, f"{prefix}in_proj_bias", own
     slices[f"{prefix}out_proj"] = f"{prefix}out_proj.weight", EVERYTHING, f"{prefix}out_proj.bias", EVERYTHING
+    if attn.bias_k is not None:
+        slices |= {f"{prefix}{name}": (f"{prefix}{name}", EVERYTHING, None, EVERYTHING) for name in ("bias_k", "bias_v")}
     return slices
 
 
@@ -103,8 +106,8 @@ def test_captured_gradients_are_those_of_vmap() -> None:
         return 0.5 * functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
 
     expected = blocks_by_hand(vmap(grad(loss), (None, 0))(parameters, x), slices_of(model.attn))
-    record, _ = record_of(model, x, None)
-    for name, layer in cover(model).layers.items():
+    record, _, layers = record_of(model, x)
+    for name, layer in layers.items():
         (capture,) = record.captures(layer)
         (DW,) = capture.weight_gradients()
         assert float((DW - expected[name]).norm()) < 1e-10 * float(1 + expected[name].norm())
@@ -153,9 +156,8 @@ def test_one_sequence_without_a_batch_is_one_example() -> None:
     with armed(model, None) as engine:
         model(x).square().sum().backward()
         (record,) = engine.everything()
-    assert record.examples() == 1
-    assert {calls[0].x.shape for calls in record.calls.values()} == {(1, T, E)}
-    (capture,) = record.captures(cover(model).layers["attn.in_proj.v"])
+    assert {uses[0].x.shape for uses in record.calls.values()} == {(1, T, E)}
+    (capture,) = record.captures(engine.layers["attn.in_proj.v"])
     (DW,) = capture.weight_gradients()
     assert attn.in_proj_weight.grad is not None
     assert_equal(DW[0, :, :-1], attn.in_proj_weight.grad[2 * E :])
@@ -184,16 +186,16 @@ def test_a_step_is_the_damped_inverse_of_every_block() -> None:
         assert_equal(step[name][0], 0.5 * (matrices[name].inverse(0.1) @ M[name][0]))
 
 
-def test_parts_that_are_frozen_or_excluded_or_no_matrices_go_to_adamw_with_a_reason() -> None:
-    model = Attend(add_bias_kv=True)
-    reasons = cover(model).uncovered
-    assert set(reasons) == {"attn.bias_k", "attn.bias_v"}
-    assert set(reasons.values()) == {"not a weight matrix of MultiheadAttention"}
+def test_parts_that_are_frozen_or_excluded_have_no_layer() -> None:
+    model, x = Attend(add_bias_kv=True), torch.randn(N, T, E)
+    assert look(model, (x,)).coverage().uncovered == {}
     model.attn.in_proj_weight.requires_grad_(False)
-    assert list(cover(model).layers) == ["attn.out_proj"]
-    assert cover(model).uncovered["attn.in_proj_bias"] == "the layer's weight is frozen or not a plain parameter"
-    assert list(cover(model, ["attn.out_proj"]).layers) == []
-    assert cover(model, ["attn.out_proj"]).uncovered["attn.out_proj.weight"] == "excluded"
+    found = look(model, (x,)).coverage()
+    biases = [f"attn.in_proj_bias.{letter}" for letter in "qkv"]
+    assert sorted(found.layers) == sorted([*biases, "attn.bias_k", "attn.bias_v", "attn.out_proj"])
+    found = look(model, (x,), exclude=["attn.out_proj"]).coverage()
+    assert "attn.out_proj" not in found.layers
+    assert found.uncovered == {f"attn.out_proj.{name}": "excluded" for name in ("weight", "bias")}
 
 
 def test_a_frozen_bias_leaves_blocks_without_its_column() -> None:
@@ -202,33 +204,59 @@ def test_a_frozen_bias_leaves_blocks_without_its_column() -> None:
     assert_captured(model, torch.randn(N, T, E), slices_of(model.attn))
 
 
-def test_an_attention_of_ones_own_is_not_taken_for_torchs() -> None:
+def test_an_attention_of_ones_own_is_what_it_computes() -> None:
     class Mine(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+            y, weights = super().forward(*args, **kwargs)
+            return 3 * y.sin(), weights
 
-    assert set(cover(Mine(E, HEADS)).layers) == {"out_proj"}  # a dense layer, until it turns out never to be called
+    model = Attend()
+    mine = Mine(E, HEADS, batch_first=True)
+    mine.load_state_dict(model.attn.state_dict())
+    model.attn = mine
+    assert_captured(model, torch.randn(N, T, E), slices_of(mine))
 
 
-def test_a_layer_that_is_never_seen_does_not_count_as_covered() -> None:
+def test_a_module_whose_weight_another_operation_uses_is_covered() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.never_called = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, bias = self.never_called.parameters()
+            return F.linear(self.used(x), weight, bias)
+
+    model, x = Inside(), torch.randn(N, 3)
+    optimizer = NaturalGradient(model, likelihood=Gaussian())
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert list(optimizer.layers) == ["used", "never_called"]
+    assert "100.0 % of 24" in repr(optimizer) and "AdamW" not in repr(optimizer)
+
+
+def test_a_layer_that_is_never_used_does_not_count_as_covered() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            weight, bias = self.unused.parameters()
-            return F.linear(self.used(x), weight, bias)
+            return self.used(x) + self.unused.weight.exp().sum()
 
     model, x = Unused(), torch.randn(N, 3)
     optimizer = NaturalGradient(model, likelihood=Gaussian())
-    assert repr(optimizer).splitlines()[-1].startswith("100.0 % of 24")
-    model(x).square().sum().backward()
+    assert "100.0 % of 24" in repr(optimizer)  # as far as modules tell
     before = model.unused.weight.detach().clone()
-    with pytest.warns(UserWarning, match="not observed: unused; AdamW"):
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
         optimizer.step()
-    assert "not seen: AdamW" in repr(optimizer)
-    assert repr(optimizer).splitlines()[-1].startswith("50.0 % of 24")
+    assert list(optimizer.layers) == ["used"]
+    assert optimizer.uncovered == {
+        "unused.weight": "used by exp: no rule", "unused.bias": "not used in what was seen"
+    }  # fmt: skip
+    assert "50.0 % of 24" in repr(optimizer)
     assert not torch.equal(before, model.unused.weight)
 
 
@@ -344,8 +372,9 @@ def test_the_layers_of_an_encoder_capture_every_example(batch_first: bool, norm_
         slices |= slices_of(model.enc.layers[number].self_attn, f"{prefix}self_attn.")
         for name in ("linear1", "linear2"):
             slices[prefix + name] = f"{prefix}{name}.weight", EVERYTHING, f"{prefix}{name}.bias", EVERYTHING
-    skipped = frozenset(name for name in cover(model).layers if "norm" in name)
-    assert_captured(model, torch.randn(N, T, E), slices, skipped)
+        for name in ("norm1", "norm2"):
+            slices[prefix + name] = f"{prefix}{name}.weight", EVERYTHING, f"{prefix}{name}.bias", EVERYTHING
+    assert_captured(model, torch.randn(N, T, E), slices)
 
 
 def test_every_projection_of_a_transformer_is_seen() -> None:
@@ -358,10 +387,10 @@ def test_every_projection_of_a_transformer_is_seen() -> None:
             return self.net(x, x[:, 1:]).flatten(1)
 
     model = Translate()
-    record, _ = record_of(model, torch.randn(N, T, E), None)
+    record, _, layers = record_of(model, torch.randn(N, T, E))
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
     assert len(matrices) == 3 * 2 + 2 * 2
-    seen = [name for name, layer in cover(model).layers.items() if list(record.captures(layer))]
+    seen = [name for name, layer in layers.items() if list(record.captures(layer))]
     assert len([name for name in seen if "norm" not in name]) == 3 * 4 + 2 * 2
 
 
@@ -374,10 +403,10 @@ def test_a_checkpointed_encoder_is_seen_as_it_is_without() -> None:
     saved = Saved(batch_first=True)
     saved.load_state_dict(model.state_dict())
     for y in (torch.randn(N, T * E), None):
-        (one, first), (other, second) = record_of(model, x, y), record_of(saved, x, y)
-        assert torch.equal(first, second)
-        for name, layer in cover(model).layers.items():
-            (mine,), (theirs,) = one.captures(layer), other.captures(cover(saved).layers[name])
+        (one, first, layers), (other, second, others) = record_of(model, x, y), record_of(saved, x, y)
+        assert torch.equal(first, second) and list(layers) == list(others)
+        for name, layer in layers.items():
+            (mine,), (theirs,) = one.captures(layer), other.captures(others[name])
             assert torch.equal(mine.a, theirs.a) and torch.equal(mine.g, theirs.g)
 
 
@@ -439,7 +468,7 @@ def test_the_exact_quadratic_model_reads_the_parts_of_a_parameter() -> None:
         engine.keep_inputs = True
         model(x)
         records = engine.everything()
-    layers = cover(model).layers
+    layers = engine.layers
     M, D, P = ({name: torch.randn(layer.shape) for name, layer in layers.items()} for _ in range(3))
     directions = Directions(layers, M, D, P, records, "auto", model, labels)
     assert_equal(directions.exact_curvature(), directions.sampled_curvature())

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from functional import EVERYTHING, Slices, assert_captured, assert_exact_fisher, record_of
+from functional import EVERYTHING, Slices, assert_captured, assert_exact_fisher, blocks_by_hand, by_a_loop, record_of
 from test_capture import armed
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from natgrad import Categorical, Gaussian, NaturalGradient
-from natgrad.layers import cover
 from oracles import assert_equal
 
 IN, H, N, T = 3, 4, 4, 5
@@ -84,8 +83,7 @@ def test_the_exact_fisher_is_the_dense_ggn(make: Callable[[], Read]) -> None:
 
 def test_positions_are_the_times_in_their_order() -> None:
     model, x = CASES["lstm from a state"](), torch.randn(N, T, IN)
-    record, _ = record_of(model, x, None)
-    layers = cover(model).layers
+    record, _, layers = record_of(model, x)
     for name in ("rnn.ih_l0", "rnn.ih_l0_reverse"):
         (capture,) = record.captures(layers[name])
         assert torch.equal(capture.a[..., :-1], x)
@@ -139,8 +137,85 @@ def test_a_fused_kernel_runs_unless_armed() -> None:
     assert "aten::lstm" in names[1]
 
 
-def test_a_packed_sequence_is_left_to_adamw_with_the_reason() -> None:
-    class Packed(nn.Module):
+class Packed(nn.Module):
+    """x (n, T, IN) packed by lengths that x itself tells, in any order: outputs, padded with zeros, and last states."""
+
+    def __init__(self, rnn: nn.RNNBase, sort: bool = False) -> None:
+        super().__init__()
+        self.rnn, self.sort = rnn, sort
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 1 + (x[:, 0, 0].abs() * 100).long() % T
+        if self.sort:
+            lengths, order = lengths.sort(descending=True)
+            x = x[order]
+        z = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.sort)
+        output, last = self.rnn(z)
+        padded, _ = pad_packed_sequence(output, batch_first=True, total_length=T)
+        states = last if isinstance(last, tuple) else (last,)
+        y = torch.cat([padded.flatten(1), *(state.transpose(0, 1).flatten(1) for state in states)], 1)
+        return y[order.argsort()] if self.sort else y
+
+
+PACKED: dict[str, Callable[[], nn.RNNBase]] = {
+    "rnn": lambda: nn.RNN(IN, H),
+    "lstm": lambda: nn.LSTM(IN, H),
+    "lstm of two directions and layers": lambda: nn.LSTM(IN, H, 2, bidirectional=True),
+    "lstm with projection": lambda: nn.LSTM(IN, H, 2, bidirectional=True, proj_size=2),
+    "gru": lambda: nn.GRU(IN, H),
+    "gru of two directions and layers": lambda: nn.GRU(IN, H, 2, bidirectional=True),
+    "gru without bias": lambda: nn.GRU(IN, H, bias=False),
+}
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("make", PACKED.values(), ids=PACKED.keys())
+def test_packed_sequences_capture_every_example_at_the_steps_that_it_has(
+    make: Callable[[], nn.RNNBase], sort: bool
+) -> None:
+    """The examples of the layers are in the order of their lengths, as torch packs them."""
+    model, x = Packed(make(), sort), torch.randn(N, T, IN)
+    lengths = 1 + (x[:, 0, 0].abs() * 100).long() % T
+    order = lengths.sort(descending=True).indices
+    assert len(set(lengths.tolist())) > 1 and order.tolist() != list(range(N))
+    y = torch.randn_like(model(x))
+    for target in (y, None):
+        model.zero_grad()
+        record, output, layers = record_of(model, x, target)
+        assert_equal(output, model(x).detach(), 1e-14)
+        expected = blocks_by_hand(by_a_loop(model, x, torch.zeros_like(y) if target is None else y), slices_of(model.rnn))
+        assert sorted(layers) == sorted(expected)
+        for name, layer in layers.items():
+            (capture,) = record.captures(layer)
+            assert float(capture.rows) == float(lengths.sum())
+            (DW,) = capture.weight_gradients()
+            assert_equal(DW, expected[name][order])
+    assert_exact_fisher(model, x, slices_of(model.rnn))
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
+def test_gradients_and_dropout_of_packed_sequences_are_those_without_an_engine(make: Any) -> None:
+    model, x = Packed(make(IN, H, 3, dropout=0.4, bidirectional=True)), torch.randn(N, T, IN)
+
+    def seen() -> list[Tensor]:
+        torch.manual_seed(1)
+        z = x.clone().requires_grad_()
+        output = model(z)
+        model.zero_grad()
+        output.square().sum().backward()
+        gradients = [p.grad.clone() for p in (*model.parameters(), z) if p.grad is not None]
+        return [output.detach(), *gradients, torch.get_rng_state().double()]
+
+    alone = seen()
+    with armed(model, None) as engine:
+        watched = seen()
+        assert len(engine.everything()) == 1
+    for one, other in zip(alone, watched, strict=True):
+        assert_equal(other, one, 1e-12)
+
+
+def test_a_model_of_packed_sequences_is_trained_whole() -> None:
+    class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.rnn, self.head = nn.GRU(IN, H, batch_first=True), nn.Linear(H, 2)
@@ -149,20 +224,14 @@ def test_a_packed_sequence_is_left_to_adamw_with_the_reason() -> None:
             lengths = torch.arange(len(x), 0, -1).clamp(max=T)
             return self.head(self.rnn(pack_padded_sequence(x, lengths, batch_first=True))[1][0])
 
-    model, x = Packed(), torch.randn(N, T, IN)
-    plain = model(x)
+    model, x = Tagger(), torch.randn(N, T, IN)
     optimizer = NaturalGradient(model, likelihood=Gaussian())
-    before = [p.detach().clone() for p in model.rnn.parameters()]
-    output = model(x)
-    assert torch.equal(output, plain)
-    (0.5 * output.square().sum() / N).backward()
-    with pytest.warns(UserWarning, match=r"not observed: rnn.ih_l0 \(a PackedSequence has"):
+    for _ in range(2):
+        optimizer.zero_grad()
+        (0.5 * model(x).square().sum() / N).backward()
         optimizer.step()
-    rows = [line for line in repr(optimizer).splitlines() if line.startswith("rnn.")]
-    assert len(rows) == 2 and all(row.endswith("a PackedSequence has no batch dimension: AdamW") for row in rows)
-    share = 100 * (H + 1) * 2 / sum(p.numel() for p in model.parameters())
-    assert repr(optimizer).splitlines()[-1].startswith(f"{share:.1f} %")
-    assert not any(torch.equal(old, new) for old, new in zip(before, model.rnn.parameters(), strict=True))
+    assert list(optimizer.layers) == ["rnn.ih_l0", "rnn.hh_l0", "head"] and not optimizer.uncovered
+    assert "100.0 %" in repr(optimizer)
 
 
 def test_a_checkpointed_recurrence_repeats_what_was_recorded() -> None:
@@ -173,10 +242,10 @@ def test_a_checkpointed_recurrence_repeats_what_was_recorded() -> None:
     model, x = kind(nn.LSTM)(), torch.randn(N, T, IN)
     saved = Saved(copy.deepcopy(model.rnn))
     for y in (torch.randn_like(model(x)), None):
-        (one, first), (other, second) = record_of(model, x, y), record_of(saved, x, y)
-        assert torch.equal(first, second)
-        for name, layer in cover(model).layers.items():
-            (mine,), (theirs,) = one.captures(layer), other.captures(cover(saved).layers[name])
+        (one, first, layers), (other, second, others) = record_of(model, x, y), record_of(saved, x, y)
+        assert torch.equal(first, second) and list(layers) == list(others)
+        for name, layer in layers.items():
+            (mine,), (theirs,) = one.captures(layer), other.captures(others[name])
             assert torch.equal(mine.a, theirs.a)
             assert_equal(theirs.g, mine.g)
 
@@ -214,8 +283,8 @@ def test_cells_capture_every_example_and_all_their_calls(make: Callable[[], nn.M
     slices = slices_of(model.cell, "cell.")
     assert list(slices) == ["cell.ih", "cell.hh"]
     assert_captured(model, x, slices, rounding=1e-14)
-    record, _ = record_of(model, x, None)
-    (capture,) = record.captures(cover(model).layers["cell.ih"])
+    record, _, layers = record_of(model, x)
+    (capture,) = record.captures(layers["cell.ih"])
     assert torch.equal(capture.a[..., :IN], x)
     assert_exact_fisher(model, x, slices)
 
@@ -226,8 +295,9 @@ def test_cells_capture_every_example_and_all_their_calls(make: Callable[[], nn.M
 def test_a_frozen_recurrent_weight_is_left_out() -> None:
     model = kind(nn.LSTM)()
     model.rnn.weight_hh_l0.requires_grad_(False)
-    assert list(cover(model).layers) == ["rnn.ih_l0"]
-    assert cover(model).uncovered == {"rnn.bias_hh_l0": "the layer's weight is frozen or not a plain parameter"}
+    slices = slices_of(model.rnn)
+    slices = {"rnn.ih_l0": slices["rnn.ih_l0"], "rnn.bias_hh_l0": ("rnn.bias_hh_l0", EVERYTHING, None, EVERYTHING)}
+    assert_captured(model, torch.randn(N, T, IN), slices, rounding=1e-14)
     model = kind(nn.LSTM)()
     model.rnn.bias_hh_l0.requires_grad_(False)
     assert_captured(model, torch.randn(N, T, IN), slices_of(model.rnn))
@@ -272,4 +342,4 @@ def test_autocast_gives_the_type_that_the_fused_kernel_gives(make: Any) -> None:
             (record,) = engine.everything()
     assert watched.dtype == plain.dtype
     assert_equal(watched.detach().float(), plain.detach().float(), 2e-2)
-    assert all(list(record.captures(layer)) for layer in cover(model).layers.values())
+    assert len(engine.layers) == 4 and all(list(record.captures(layer)) for layer in engine.layers.values())
