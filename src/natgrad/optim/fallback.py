@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from natgrad.layers import Coverage
-from natgrad.optim.curvature import LayerCurvature
 
 
 def refuse(uncovered: Mapping[str, str]) -> None:
@@ -44,16 +43,12 @@ class Watch:
         self,
         model: nn.Module,
         found: Coverage,
-        curvature: Mapping[str, LayerCurvature],
+        never_seen: Iterable[str],
         groups: Iterable[Mapping[str, Any]],
         unread: Mapping[str, str],
     ) -> None:
-        """Look at the gradients of a step that observes."""
-        unseen = [
-            n
-            for n, c in curvature.items()
-            if not c.ready and n not in self._told and _moves(found.layers[n].parameters)
-        ]
+        """Look at the gradients of a step that observes, given the layers that no step so far has seen."""
+        unseen = [name for name in never_seen if name not in self._told and _moves(found.layers[name].parameters)]
         stepped = {id(p) for group in groups for p in group["params"]}
         left = [
             name

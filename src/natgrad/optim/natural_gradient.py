@@ -300,7 +300,8 @@ class NaturalGradient(torch.optim.Optimizer):
         state = self._curvature.filled(self._now)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if self._curvature.observes(self.steps):
-            self._watch(self.model, self._covered, advanced, self.param_groups, self._engine.unread)
+            unseen = [name for name, curvature in advanced.items() if not curvature.ready]
+            self._watch(self.model, self._covered, unseen, self.param_groups, self._engine.unread)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
         return advanced
