@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from natgrad.fishers import KFAC, Approximation, Weighted, check_layers, for_layer
+from natgrad.fishers import KFAC, Approximation, check_layers, for_layer
 from natgrad.layers import WIDE, Coverage, Layer, check_wide, cover
 from natgrad.optim.cost import Cost, cost, size
 from natgrad.optim.curvature import LayerCurvature
@@ -76,17 +76,9 @@ def coverage(
     """
     check_wide(wide)
     approximation, model = approximation or KFAC(), getattr(model, "_orig_mod", model)  # of torch.compile
-    found = covered_by(model, approximation, exclude, wide)
+    found = cover(model, exclude, wide=wide)
     check_layers(approximation, found.layers.values())
     return report(model, found, approximation, matrices_of(model, found, wide) if shampoo else {}, examples=examples)
-
-
-def covered_by(model: nn.Module, approximation: Approximation, exclude: Iterable[str], wide: int | None) -> Coverage:
-    """The layers that the approximation, or one that stands in for it, can be used on."""
-    if not isinstance(approximation, Weighted):
-        return cover(model, exclude, wide=wide)
-    reason = f"{type(approximation).__name__} has no form for tokens and shared weights"
-    return cover(model, exclude, functional=False, wide=wide).only(model, ["plain", "wide"], reason)
 
 
 def matrices_of(model: nn.Module, found: Coverage, wide: int | None) -> dict[str, nn.Parameter]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture import Capture, Weights
-from natgrad.fishers import Approximation, Coupled, Part, Stats, Weighted, for_layer, pool
+from natgrad.capture import Capture
+from natgrad.fishers import Approximation, Coupled, Part, Stats, for_layer, pool
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, NetworkMap
 from natgrad.matrix.kronecker_sum import KroneckerSumInverse
@@ -22,7 +22,6 @@ from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
 from natgrad.optim.precision import fast_dtype
-from natgrad.optim.step_size import read_once
 from natgrad.record import Record, Sharing
 
 
@@ -31,12 +30,10 @@ class State(Mapping[str, LayerCurvature]):
     """The curvature of every layer, and the map that joins them where the approximation has one.
 
     Without a ``joint`` map, for want of one or because it could not be made, the layers are preconditioned one by one.
-    ``directions`` are those that the examples of this very step have, of an approximation that weighs them.
     """
 
     layers: Mapping[str, LayerCurvature] = field(default_factory=dict)
     joint: NetworkMap | None = None
-    directions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The curvature of one layer."""
@@ -90,8 +87,6 @@ class Layerwise:
 
     def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
         """The state after the observation and the refresh that are due at this step."""
-        if not self.learns(step):
-            return State(state.layers, state.joint) if state.directions else state
         observes = bool(records) and self.cadence.observes(step)
         due = [self.cadence.refreshes(step, number, len(self.layers)) for number in range(len(self.layers))]
         merged = self._merged(state, records if observes else [])
@@ -99,13 +94,12 @@ class Layerwise:
         if isinstance(self.damping, TraceDamping) and (observes or any(due)):
             merged = list(merged)
             dampings = self._spread(self.damping, {name: curvature for name, curvature, _ in merged}, damping)
-        layers, directions = {}, {}
-        for refreshes, (name, curvature, seen) in zip(due, merged, strict=True):
-            layers[name] = self._renew(name, curvature, seen, refreshes, dampings.get(name, damping))
-            if seen and isinstance(self.approximation, Weighted):
-                directions[name] = self.approximation.direction(layers[name].stats, seen)
-        same = not state.directions and all(layers[name] is state[name] for name in layers)
-        return state if same else State(layers, self._couple(layers), directions)
+        layers = {
+            name: self._renew(name, curvature, seen, refreshes, dampings.get(name, damping))
+            for refreshes, (name, curvature, seen) in zip(due, merged, strict=True)
+        }
+        same = all(layers[name] is state[name] for name in layers)
+        return state if same else State(layers, self._couple(layers))
 
     def size(self, before: State, after: State) -> Tensor | None:
         """A number that is finite if all that was observed is."""
@@ -120,39 +114,14 @@ class Layerwise:
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """D = inverse @ M."""
         coupled = {name: gradient for name, gradient in M.items() if state.joint is not None and self._couples(name)}
-        known = dict(state.directions)
-        if state.joint is not None and coupled:
-            known |= state.joint @ coupled
+        known = state.joint @ coupled if state.joint is not None and coupled else {}
         return {
             name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient)
             for name, gradient in M.items()
         }
 
-    def learns(self, step: int) -> bool:
-        """Whether statistics are still taken at this step, if they are due."""
-        return not isinstance(self.approximation, Weighted) or self.approximation.learns(step)
-
-    def observes(self, step: int) -> bool:
-        """Whether this step takes statistics."""
-        return self.cadence.observes(step) and self.learns(step)
-
-    def weights(self, state: State, step: int) -> dict[Layer, Weights]:
-        """By what the examples of this step are to be weighted, where not all alike."""
-        if self.learns(step) or not isinstance(self.approximation, Weighted):
-            return {}
-        found = {name: self.approximation.weights(c.stats) for name, c in state.items() if c.refreshed}
-        return {self.layers[name]: weights for name, weights in found.items() if weights is not None}
-
-    def multiples(self, state: State, step: int) -> dict[str, float]:
-        """By what the gradients of this step make directions, where a number does that for every layer."""
-        if self.learns(step) or not isinstance(self.approximation, Weighted):
-            return {}
-        return read_once({name: self.approximation.scale(c.stats) for name, c in state.items() if c.refreshed})
-
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits the products of a layer, if any."""
-        if isinstance(self.approximation, Weighted):  # which has none
-            return None
         return fast_dtype(self.precision, self.layers[name].parameters[0])
 
     def _merged(

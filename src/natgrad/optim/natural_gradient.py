@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.engine import Engine
-from natgrad.fishers import KFAC, Approximation, Weighted, check_layers
+from natgrad.fishers import KFAC, Approximation, check_layers
 from natgrad.labels import Estimator, Labels
-from natgrad.layers import WIDE, Coverage, Layer
+from natgrad.layers import WIDE, Coverage, Layer, cover
 from natgrad.likelihoods import Objective
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
-from natgrad.optim.coverage import covered_by, matrices_of, report
+from natgrad.optim.coverage import matrices_of, report
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.fallback import Watch, no_samples, refuse
@@ -30,8 +30,8 @@ from natgrad.optim.groups import adamw_settings, build_groups, extended
 from natgrad.optim.layerwise import Layerwise, State, blocks
 from natgrad.optim.proposal import Proposal, move, remember_layer, restore_dtypes
 from natgrad.optim.shampoo import shampoo_step
-from natgrad.optim.step_size import Automatic, Constant, Decision, Situation, StepSize, read_once
-from natgrad.optim.validate import as_damping, check_settings, checked_ids
+from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
+from natgrad.optim.validate import as_damping, check_settings
 from natgrad.record import Record, Sharing
 
 
@@ -50,7 +50,7 @@ class NaturalGradient(torch.optim.Optimizer):
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
         lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
-        step_size: the policy for alpha and mu; default ``Automatic()``, for ``FNGD`` ``Constant()``.
+        step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
         nesterov: look ahead by one step of the momentum.
@@ -115,14 +115,13 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         approximation = KFAC() if approximation is None else approximation
-        if step_size is None:
-            step_size = Constant() if isinstance(approximation, Weighted) else Automatic()
+        step_size = Automatic() if step_size is None else step_size
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
         refresh_every = getattr(approximation, "refresh_every", 1) if refresh_every is None else refresh_every
         observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
-        self._cover = partial(covered_by, model, approximation, tuple(exclude), wide)
+        self._cover = partial(cover, model, tuple(exclude), wide=wide)
         found = self._cover()
         if strict:
             refuse(found.uncovered)
@@ -140,13 +139,11 @@ class NaturalGradient(torch.optim.Optimizer):
         self._wide, self._watch = wide, Watch(strict)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
-        self._multiples: dict[str, float] = {}
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         self._engine = Engine(model, found.layers.values(), labels)
         self._engine.close_with(self)
         self._engine.keep_inputs = step_size.needs_inputs
-        self._engine.needs_ids = isinstance(approximation, Weighted) and approximation.needs_ids
         self._arm()
 
     # What a user reads.
@@ -192,10 +189,6 @@ class NaturalGradient(torch.optim.Optimizer):
         labels = self._engine.labels
         if labels is not None:
             labels.source, labels.targets = (targets, None) if callable(targets) else (None, targets)
-
-    def examples(self, ids: Tensor) -> None:
-        """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
-        self._engine.ids = checked_ids(ids).to(next(self.model.parameters()).device)
 
     def __repr__(self) -> str:
         rest = "AdamW" if any(group["rule"] == "adamw" for group in self.param_groups) else "another optimizer"
@@ -266,8 +259,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self._rescale(records)
         curvature = self._advance(records)
         names = [name for name, c in curvature.items() if c.refreshed and self.layers[name].has_gradient]
-        if self._multiples and type(self.step_size) is Constant:
-            return self._plain(curvature, names)
         directions, lr = self._directions({name: self.layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
@@ -284,22 +275,13 @@ class NaturalGradient(torch.optim.Optimizer):
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
         moves = {name: self.layers[name].unpack(D) for name, D in directions.D.items()}
-        return Proposal(curvature, moves, dict.fromkeys(names, 1.0), decision, read.get("drift", 0.0), lr)
-
-    def _plain(self, curvature: State, names: list[str]) -> Proposal | None:
-        """A step along multiples of the gradients at the cost of SGD: no blocks, no inner products, one number read."""
-        if not math.isfinite(norm([p.grad for p in self.model.parameters() if p.grad is not None])):
-            return None
-        shares, lr = self._rates(names)
-        moves = {name: [p.grad for p in self.layers[name].parameters] for name in names}
-        factors = {name: self._multiples[name] * share for name, share in shares.items()}
-        return Proposal(curvature, moves, factors, Decision(1.0, self._momentum), 0.0, lr)
+        return Proposal(curvature, moves, decision, read.get("drift", 0.0), lr)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
         state = self._curvature.filled(self._now)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
-        if self._curvature.observes(self.steps):
+        if self._curvature.cadence.observes(self.steps):
             unseen = [name for name, curvature in advanced.items() if not curvature.ready]
             self._watch(self.model, self._covered, unseen, self.param_groups, self._engine.unread)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
@@ -318,15 +300,10 @@ class NaturalGradient(torch.optim.Optimizer):
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
-        shares, lr = self._rates(layers)
-        every = list(shares.values())
-        return (directions if all(share == 1.0 for share in every) else directions.scaled(every)), lr
-
-    def _rates(self, names: Iterable[str]) -> tuple[dict[str, float], float]:
-        """The largest learning rate of the groups, and what share of it every layer has."""
         rates = {key: group["lr"] for key, group in self._group_of.items()}
         lr = max(rates.values(), default=0.0)
-        return {name: rates[id(self.layers[name].parameters[0])] / lr if lr else 1.0 for name in names}, lr
+        shares = [rates[id(layer.parameters[0])] / lr if lr else 1.0 for layer in layers.values()]
+        return (directions if all(share == 1.0 for share in shares) else directions.scaled(shares)), lr
 
     def _apply(self, proposal: Proposal) -> None:
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
@@ -390,11 +367,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         samples = self.step_size.needs_samples(self._clock["memory"])
-        self._engine.armed = samples or self._curvature.observes(self.steps)
+        self._engine.armed = samples or self._curvature.cadence.observes(self.steps)
         self._engine.begin(self.steps)
-        if not self._multiples:
-            self._multiples = self._curvature.multiples(self._now, self.steps)
-            self._engine.weigh(self._curvature.weights(self._now, self.steps))
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
 
@@ -416,7 +390,7 @@ class NaturalGradient(torch.optim.Optimizer):
             except ValueError:
                 self.__setstate__(before)
                 raise
-        self._now, self._report, self._multiples = now, {}, {}
+        self._now, self._report = now, {}
         for name, curvature in now.items():
             remember_layer(self.layers[name], curvature, self.state)
         self._arm()

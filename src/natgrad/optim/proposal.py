@@ -19,12 +19,11 @@ from natgrad.optim.step_size import Decision
 class Proposal:
     """Everything a step would change, computed before anything is.
 
-    The direction D of a layer is ``factors`` times ``moves``: tensors like its parameters, ``None`` standing for zeros.
+    ``moves`` are the directions D of the layers, as tensors like their parameters.
     """
 
     curvature: State
-    moves: Mapping[str, Sequence[Tensor | None]]
-    factors: Mapping[str, float]
+    moves: Mapping[str, Sequence[Tensor]]
     decision: Decision
     drift: float
     lr: float
@@ -37,7 +36,7 @@ def move(
 
     P is the ``momentum`` in the state of a layer's weight; ``settings`` are the groups of parameters by their ids.
     """
-    mu = proposal.decision.mu
+    alpha, mu = proposal.decision.alpha, proposal.decision.mu
     for name, layer in layers.items():
         parameters = layer.parameters
         P, group = state[parameters[0]][f"{layer.slot}momentum"], settings[id(parameters[0])]
@@ -46,14 +45,11 @@ def move(
             P.zero_()
         if moves is None:
             continue
-        alpha = proposal.decision.alpha * proposal.factors[name]
         for parameter, step, D in zip(layer.parts(list(parameters)), layer.unpack(P), moves, strict=True):
             if group["lr"]:
-                step.mul_(mu)
-            if group["lr"] and D is not None:
-                step.add_(D, alpha=alpha)
+                step.mul_(mu).add_(D, alpha=alpha)
             if group["nesterov"]:
-                step = mu * step if D is None else torch.add(mu * step, D, alpha=alpha)
+                step = torch.add(mu * step, D, alpha=alpha)
             if group["weight_decay"]:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(step, alpha=-proposal.lr)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from natgrad.fishers import Approximation, Weighted
+from natgrad.fishers import Approximation
 from natgrad.labels import check_estimator
 from natgrad.layers import check_wide
 from natgrad.likelihoods import Objective
@@ -35,14 +35,6 @@ def kind(name: str, value: Any, accepted: type | tuple[type, ...], example: str)
         raise TypeError(f"{name} must be {example}, got {value!r}")
 
 
-def checked_ids(ids: Any) -> Tensor:
-    """The ids of examples, or a ``ValueError``."""
-    whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
-    if not whole or (ids.device.type == "cpu" and (ids < 0).any()):  # elsewhere it would wait for the device
-        raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
-    return ids
-
-
 def as_damping(damping: float | Damping | None) -> Damping:
     """A damping policy: the default one, a constant for a number, or the policy given."""
     if damping is None:
@@ -56,8 +48,8 @@ def as_damping(damping: float | Damping | None) -> Damping:
 def check_settings(settings: dict[str, Any]) -> None:
     """Check the arguments of ``NaturalGradient`` by their names."""
     kind("model", settings["model"], nn.Module, "a torch.nn.Module (the model itself, not its parameters)")
-    approximation = settings["approximation"]
-    kind("approximation", approximation, Approximation, "an approximation such as KFAC() (an object, not a class)")
+    example = "an approximation such as KFAC() (an object, not a class)"
+    kind("approximation", settings["approximation"], Approximation, example)
     likelihood = settings["likelihood"]
     if likelihood is not None:
         kind("likelihood", likelihood, Objective, "a likelihood such as Categorical() (an object, not a class)")
@@ -67,14 +59,6 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"estimator {settings['estimator']!r} needs a likelihood; without one only 'empirical' is possible"
         )
-    if isinstance(approximation, Weighted):
-        name = type(approximation).__name__
-        if settings["estimator"] != "empirical":
-            raise ValueError(f"{name} weighs the gradients of your own loss: leave out likelihood and estimator")
-        if settings["observe_fraction"] != 1 or settings["weight_sharing"] != "expand":
-            raise ValueError(f"{name} needs every gradient: leave out observe_fraction and weight_sharing")
-        if settings["step_size"].needs_samples({}):
-            raise ValueError(f"{name} weighs examples, which {settings['step_size']!r} does not model: use Constant()")
     if settings["step_size"].needs_inputs and settings["estimator"] == "empirical":
         raise ValueError(f"{settings['step_size']!r} needs a likelihood and an estimator that is not 'empirical'")
     if settings["grad_scaler"] is not None and not hasattr(settings["grad_scaler"], "get_scale"):
