@@ -3,7 +3,6 @@
 While ``armed``, a forward pass of the model leaves one :class:`Record` behind. With :class:`~natgrad.labels.Labels` the
 gradients are those of the model's own loss terms, sent backwards to the layer outputs alone when the model's forward
 ends: the user's graph stays, and ``.grad`` is never touched. Without, they are taken from the user's own backward pass.
-Only ``weigh`` changes what a backward pass leaves in ``.grad``.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from natgrad.capture import Examples, Weights
+from natgrad.capture import Examples
 from natgrad.hooks import Hook, as_written, out_of_graph
 from natgrad.labels import Labels
 from natgrad.layers import RULES, Exposed, Layer
 from natgrad.record import Call, Record
-from natgrad.weighting import Weighting
 
 
 class Engine:
@@ -41,11 +39,8 @@ class Engine:
         self.armed = False
         self.keep_inputs = False
         self.labels = labels
-        self.needs_ids = False
-        self.ids: Tensor | None = None
         self.unread: dict[str, str] = {}  # layers that could not be recorded, and why
         self._model, self._passing = model, 0
-        self._weightings: list[Weighting] = []
         self._which = Examples()
         self._only_training = only_training
         self._records: list[Record] = []
@@ -79,21 +74,14 @@ class Engine:
 
     def close(self) -> None:
         """Take all hooks off the model."""
-        self.weigh({})
         if self._open is not None:
             self._open.close()
         for handle in [*self._handles, self._last]:
             handle.remove()
 
-    def begin(self, step: int) -> None:
-        """Count the examples of this step from the next forward pass on."""
-        self._which, self._outside = Examples(step), False
-
-    def weigh(self, weights: Mapping[Layer, Weights]) -> None:
-        """Weigh the examples of these layers, and of no others, in the user's backward passes from now on."""
-        for weighting in self._weightings:
-            weighting.close()
-        self._weightings = [Weighting(layer, weights[layer], self._on_their_way) for layer in weights]
+    def begin(self) -> None:
+        """Count the examples of a new step from the next forward pass on."""
+        self._which, self._outside = Examples(), False
 
     def everything(self) -> list[Record]:
         """All records, which are then forgotten."""
@@ -114,7 +102,7 @@ class Engine:
         self._records = [record for record in self._records if only_live and not record.live]
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if (self.armed or self._weightings or self.needs_ids) and self._training:
+        if self.armed and self._training:
             self._begin_pass()
 
     def _begin(self) -> None:
@@ -124,28 +112,13 @@ class Engine:
         inside = torch._C._current_graph_task_id() != -1
         if inside and self._outside:  # an activation checkpoint computes again what has been watched
             return
-        if self.needs_ids and self.ids is None:
-            raise ValueError("coefficients of examples need their ids: call optimizer.examples(ids) before model(x)")
-        self._outside = not inside
-        self._which, self._passing = replace(self._which, ids=self.ids), 0
+        self._outside, self._passing = not inside, 0
         self._open = as_written()
-        self._current = Record(which=self._which) if self.armed else None
+        self._current = Record(which=self._which)
 
     @property
     def _training(self) -> bool:
         return torch.is_grad_enabled() and (self._model.training or not self._only_training)
-
-    def _on_their_way(self, x: Tensor) -> Examples | None:
-        """The examples that reach a layer with input x; ``None`` outside of training."""
-        if not self._training:
-            return None
-        self._count(x)
-        return self._which
-
-    def _count(self, x: Tensor) -> None:
-        self._passing = self._passing or len(x)
-        if self.ids is not None and len(self.ids) != len(x):
-            raise ValueError(f"examples(ids) told {len(self.ids)} ids, but the batch has {len(x)} examples")
 
     def _layer_hook(self, layer: Layer, use: Layer) -> Callable[..., None]:
         read = partial(use.adapter.batched, use.module)
@@ -185,7 +158,7 @@ class Engine:
         if any(call.output() is output for call in calls):  # a module called where its weight is looked out for
             return
         call = Call(x, None, read, use, ref(output))
-        self._count(x)
+        self._passing = self._passing or len(x)
         if self.labels is None:
             output.register_hook(_gather(self._current, call))
         else:
@@ -208,7 +181,6 @@ class Engine:
             return
         if self._passing:
             self._which, self._passing = replace(self._which, start=self._which.start + self._passing), 0
-            self.ids = None
         if record is None or not record.calls:
             return
         if self.keep_inputs:

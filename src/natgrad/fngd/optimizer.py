@@ -323,7 +323,7 @@ class FNGD(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed."""
         self._engine.armed = self.learns
-        self._engine.begin(self.steps)
+        self._engine.begin()
         self._weighting.begin(self._place)
 
     # Checkpoints.
