@@ -133,27 +133,11 @@ class Adapter:
         shell.__dict__.update(module.__dict__, _parameters={**module._parameters, **other})
         return shell.forward(x)
 
-    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-        """Gradients of sum_n w_n <forward(x)_n, g_n> in ``parameters(module)``; x and g have their examples first.
-
-        By default through autograd, at the price of a forward pass.
-        """
-        with torch.enable_grad():
-            tensors = [p.detach().requires_grad_() for p in self.parameters(module)]
-            y = self.forward(module, tensors, x.detach())
-            return list(torch.autograd.grad(y, tensors, g * w.view(-1, *(1,) * (g.ndim - 1))))
-
 
 def is_trained(module: nn.Module, name: str | None) -> bool:
     """Whether a module has a plain parameter of this name, and trains it."""
     parameter = module._parameters.get(name) if name else None
     return parameter is not None and parameter.requires_grad
-
-
-def weigh(x: Tensor, g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """x and g (n, ...), the smaller of which is multiplied by w (n,)."""
-    wx, wg = (w.view(-1, *(1,) * (y.ndim - 1)) for y in (x, g))
-    return (x * wx, g) if x.numel() < g.numel() else (x, g * wg)
 
 
 def with_ones(a: Tensor, bias: bool) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from natgrad.layers.base import Adapter, split, weigh, with_ones
+from natgrad.layers.base import Adapter, split, with_ones
 
 
 class ConvAdapter(Adapter):
@@ -37,19 +36,6 @@ class ConvAdapter(Adapter):
         """(C_out, C k), or (groups, C_out/groups, C/groups k)."""
         assert isinstance(module, _ConvNd)
         return weight.flatten(1) if module.groups == 1 else weight.flatten(1).unflatten(0, (module.groups, -1))
-
-    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-        """The backward pass of the convolution in its weight, and the weighted sum of g."""
-        assert isinstance(module, _ConvNd)
-        padding = module.padding
-        if isinstance(padding, str) or module.padding_mode != "zeros":
-            x, padding = _padded(module, x), (0,) * len(module.kernel_size)
-        y, h = weigh(x, g, w)
-        weight = torch.ops.aten.convolution_backward(
-            h, y, module.weight.to(g.dtype), None, module.stride, padding, module.dilation, module.transposed,
-            module.output_padding, module.groups, [False, True, False],
-        )[1]  # fmt: skip
-        return [weight, (w @ g.flatten(1)).view(module.out_channels, -1).sum(1)] if self.has_bias(module) else [weight]
 
 
 class ConvTransposeAdapter(ConvAdapter):

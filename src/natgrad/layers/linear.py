@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natgrad.layers.base import Adapter, examples_first, positions, weigh, with_ones
+from natgrad.layers.base import Adapter, examples_first, positions, with_ones
 
 
 class LinearAdapter(Adapter):
@@ -18,12 +18,6 @@ class LinearAdapter(Adapter):
     def forward(self, module: nn.Module, tensors: list[Tensor], x: Tensor) -> Tensor:
         """x W^T + b."""
         return F.linear(x, self.to_matrix(module, tensors[0]), *tensors[1:])
-
-    def gradient(self, module: nn.Module, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-        """g^T diag(w) x, and g^T w."""
-        y, h = weigh(x, g, w)
-        weight = self.from_matrix(module, h.flatten(0, -2).mT @ y.flatten(0, -2))
-        return [weight, (w @ g.flatten(1)).view(-1, g.shape[-1]).sum(0)] if self.has_bias(module) else [weight]
 
 
 @dataclass(frozen=True)
