@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from training import Batch, OwnNorm, batch, copy_of, network, noise, same, through_a_file, values
 
 from natgrad import FNGD, KFAC, Categorical, NaturalGradient
@@ -431,7 +432,53 @@ def backward_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def test_a_distributed_checkpoint_resumes_bit_for_bit() -> None:
+    def run(breaks: Sequence[int]) -> list[Tensor]:
+        model = network()
+        optimizer = optimizer_of(model, momentum=0.9)
+        for step in range(STEPS):
+            if step in breaks:
+                saved = through_a_file((model.state_dict(), get_optimizer_state_dict(model, optimizer)))
+                model = network(seed=9)
+                optimizer = optimizer_of(model, momentum=0.9)
+                model.load_state_dict(saved[0])
+                set_optimizer_state_dict(model, optimizer, saved[1])
+            train(model, optimizer, [step])
+        return values(model)
+
+    assert same(run((2, PHASE + 1)), run(()))
+
+
 # Loops of other kinds.
+
+
+@pytest.mark.parametrize("rule", [PositionMean(), Scalar()], ids=lambda rule: type(rule).__name__)
+def test_a_compiled_model_runs_as_written_while_it_is_recorded_or_weighed_and_else_compiled(rule: Coefficients) -> None:
+    torch.compiler.reset()
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            graphs.append(step)
+            return graph(*args)
+
+        return call
+
+    found = []
+    for compiled in (True, False):
+        model = network()
+        call: Any = torch.compile(model, backend=backend) if compiled else model
+        optimizer = optimizer_of(call, rule, momentum=0.9)
+        for step in range(STEPS):
+            x, y = data(step)
+            optimizer.zero_grad()
+            F.cross_entropy(call(x), y).backward()
+            optimizer.step()
+        found.append(values(model))
+    torch.compiler.reset()
+    for mine, theirs in zip(*found, strict=True):
+        assert_equal(mine, theirs, 1e-12)
+    assert graphs == (list(range(PHASE, STEPS)) if rule == Scalar() else [])
 
 
 def test_a_closure_is_evaluated_once_and_takes_the_step_of_the_loop() -> None:
