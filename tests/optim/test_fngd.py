@@ -539,6 +539,7 @@ def test_parameters_that_are_unfrozen_later_can_be_added(after: int) -> None:
     model[3].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[3].parameters()), "lr": 1e-2})
     assert list(optimizer.layers) == ["0", "3"]
+    optimizer.load_state_dict(copy_of(optimizer))  # which knows nothing of them yet
     before = snapshot(model)
     train(model, optimizer, range(after, STEPS))
     assert not torch.equal(model[3].weight, before["3.weight"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -16,8 +15,10 @@ from natgrad.engine import Engine
 from natgrad.fngd.coefficients import Coefficients, PositionMean
 from natgrad.fngd.first_phase import FirstPhase, Learnt, Share
 from natgrad.fngd.report import report
+from natgrad.fngd.step import Move, take
 from natgrad.fngd.system import System, Unit
 from natgrad.fngd.table import Table
+from natgrad.fngd.validate import check_settings, checked_ids
 from natgrad.fngd.weighting import Weighting
 from natgrad.layers import Coverage, Layer, cover
 from natgrad.optim.adamw import DEFAULTS, adamw_step
@@ -26,16 +27,7 @@ from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended
 from natgrad.optim.proposal import restore_dtypes
 from natgrad.optim.step_size import read_once
-from natgrad.optim.validate import kind, number
 from natgrad.record import Record
-
-
-@dataclass(frozen=True)
-class _Move:
-    """The direction of a layer: ``factor`` times tensors like the parts of its parameters."""
-
-    tensors: Sequence[Tensor]
-    factor: float = 1.0
 
 
 class FNGD(torch.optim.Optimizer):
@@ -105,9 +97,9 @@ class FNGD(torch.optim.Optimizer):
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         coefficients = PositionMean() if coefficients is None else coefficients
+        check_settings(locals())
         self._first = FirstPhase(System(mu, unit, normalise), coefficients, share)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        _check(model, first_phase, coefficients, natural, grad_scaler, strict)
         self._cover = partial(_covered, model, tuple(exclude))
         found = self._cover()
         if strict:
@@ -145,11 +137,9 @@ class FNGD(torch.optim.Optimizer):
 
     def examples(self, ids: Tensor) -> None:
         """Tell which examples (n,) the coming forward pass is on, by their numbers >= 0 in the data."""
-        whole = isinstance(ids, Tensor) and ids.ndim == 1 and not (ids.is_floating_point() or ids.dtype == torch.bool)
-        if not whole or (ids.device.type == "cpu" and (ids < 0).any()):  # elsewhere it would wait for the device
-            raise ValueError("ids must be a tensor (n,) of whole numbers >= 0, one per example")
+        ids = checked_ids(ids).to(next(self.model.parameters()).device)
         if self.coefficients.needs_ids:
-            self._weighting.ids = ids.to(next(self.model.parameters()).device)
+            self._weighting.ids = ids
 
     def __repr__(self) -> str:
         rest = "AdamW" if any(group["rule"] == "adamw" for group in self.param_groups) else "another optimizer"
@@ -227,31 +217,37 @@ class FNGD(torch.optim.Optimizer):
         self._watch(self.model, self._covered, unseen, self.param_groups, self._engine.unread)
         return learnt
 
-    def _moves(self, learnt: Mapping[str, Learnt]) -> dict[str, _Move]:
+    def _moves(self, learnt: Mapping[str, Learnt]) -> dict[str, Move]:
         """The directions of all layers that have a gradient and coefficients."""
         moves = {}
         for name, layer in self.layers.items():
             if not layer.has_gradient:
                 continue
             if name in learnt:
-                moves[name] = _Move(layer.unpack(learnt[name].D.to(layer.parameters[0].dtype)))
-            elif name in self._multiples or self._table(layer).known:
+                moves[name] = Move(layer.unpack(learnt[name].D.to(layer.parameters[0].dtype)))
+            elif (scale := self._scale(name)) is not None:
                 gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
-                known = self._multiples.get(name)
-                moves[name] = _Move(layer.parts(gradients), float(self._table(layer).scale) if known is None else known)
+                moves[name] = Move(layer.parts(gradients), scale)
         return moves
+
+    def _scale(self, name: str) -> float | None:
+        """By what the gradient of a layer makes a direction, N mean c; ``None`` where it has no coefficients."""
+        if name not in self._multiples:
+            table = self._table(self.layers[name])
+            return float(table.scale) if table.known else None
+        return self._multiples[name]
 
     def _finite(self, learnt: Mapping[str, Learnt]) -> bool:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         found = finiteness([*gradients, *(new.D for new in learnt.values())])
         return found is None or math.isfinite(found)
 
-    def _apply(self, learnt: Mapping[str, Learnt], moves: Mapping[str, _Move]) -> None:
+    def _apply(self, learnt: Mapping[str, Learnt], moves: Mapping[str, Move]) -> None:
         for name, layer in self.layers.items():
             self._remember(layer, learnt[name].table if name in learnt else self._table(layer))
         settings = {id(p): group for group in self._natural for p in group["params"]}
         for name, layer in self.layers.items():
-            self._move(layer, moves.get(name), settings[id(layer.parameters[0])])
+            take(layer, moves.get(name), self.state, settings[id(layer.parameters[0])])
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
@@ -260,21 +256,6 @@ class FNGD(torch.optim.Optimizer):
             if group["lr"]:
                 unseen = [p for p in group["params"] if id(p) not in moved]
                 adamw_step(unseen, self.state, adamw_settings(group, self._adamw))
-
-    def _move(self, layer: Layer, move: _Move | None, group: Mapping[str, Any]) -> None:
-        """P <- momentum P + D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0."""
-        parameters = layer.parameters
-        momenta = layer.parts([self.state[p]["momentum"] for p in parameters])
-        if move is None or not group["lr"]:
-            for P in momenta:
-                P.zero_()
-            return
-        for theta, P, D in zip(layer.parts(list(parameters)), momenta, move.tensors, strict=True):
-            P.mul_(group["momentum"]).add_(D, alpha=move.factor)
-            ahead = torch.add(group["momentum"] * P, D, alpha=move.factor) if group["nesterov"] else P
-            if group["weight_decay"]:
-                theta.mul_(1 - group["lr"] * group["weight_decay"])
-            theta.add_(ahead, alpha=-group["lr"])
 
     # Helpers.
 
@@ -347,9 +328,9 @@ class FNGD(torch.optim.Optimizer):
         self._arm()
 
     def _holds(self, layer: Layer) -> bool:
-        """Whether the state is that of a layer under FNGD, or there is none at all."""
+        """Whether the state is that of a layer under FNGD, or there is none."""
         state = self.state.get(layer.parameters[0], {})
-        return not self.state or {"momentum", *_names(layer)} <= state.keys()
+        return not state or {"momentum", *_names(layer)} <= state.keys()
 
 
 def _names(layer: Layer) -> tuple[str, str]:
@@ -360,20 +341,3 @@ def _names(layer: Layer) -> tuple[str, str]:
 def _covered(model: nn.Module, exclude: Iterable[str]) -> Coverage:
     reason = "FNGD has no form for tokens and shared weights"
     return cover(model, exclude, functional=False, wide=None).only(model, ["plain"], reason)
-
-
-def _check(
-    model: Any, first_phase: Any, coefficients: Any, natural: Mapping[str, Any], grad_scaler: Any, strict: Any
-) -> None:
-    """Check the arguments of ``FNGD``."""
-    kind("model", model, nn.Module, "a torch.nn.Module (the model itself, not its parameters)")
-    if not isinstance(first_phase, int) or isinstance(first_phase, bool) or first_phase < 1:
-        raise ValueError(f"first_phase must be a number of steps >= 1, such as len(loader), got {first_phase!r}")
-    kind("coefficients", coefficients, Coefficients, "a look-up such as PositionMean() (an object, not a class)")
-    number("lr", natural["lr"], 0)
-    number("momentum", natural["momentum"], 0, 1)
-    number("weight_decay", natural["weight_decay"], 0)
-    for name, value in (("nesterov", natural["nesterov"]), ("strict", strict)):
-        kind(name, value, bool, "True or False")
-    if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
-        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {grad_scaler!r}")
