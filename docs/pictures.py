@@ -34,7 +34,6 @@ from natgrad import (
     Approximation,
     BlockTridiagonal,
     Categorical,
-    Constant,
     CorrectedKFAC,
     Deflated,
     Diagonal,
@@ -272,19 +271,19 @@ def coefficients(model: nn.Module, steps: int, n: int) -> tuple[Tensor, Tensor, 
     """
     torch.manual_seed(0)
     x, y = digits()
-    optimizer = NaturalGradient(model, FNGD(steps, normalise=True), step_size=Constant(), lr=0.0)
-    state, spread = optimizer.state[model.get_parameter(f"{LAYER}.weight")], []
+    optimizer = FNGD(model, first_phase=steps, normalise=True, lr=0.0)
+    state, spread, sums = optimizer.state[model.get_parameter(f"{LAYER}.weight")], [], torch.zeros(1, n)
     for _ in range(steps):
         chosen = torch.randperm(len(x))[:n]
         optimizer.zero_grad()
         output = model(x[chosen])
         nn.functional.cross_entropy(output, y[chosen]).backward()
         optimizer.step()
-        table = state["stats.total"] / state["stats.seen"]
-        spread.append(float(table.std()))
+        before, sums = sums, state["total"].clone()
+        spread.append(float((sums / state["seen"]).std()))
     a = torch.cat([model[:2](x[chosen]), torch.ones(n, 1)], -1).detach()  # type: ignore[index]
     g = (output.softmax(-1) - nn.functional.one_hot(y[chosen], 10)).detach()
-    return a.norm(dim=1) * g.norm(dim=1), state["stats.w"], spread
+    return a.norm(dim=1) * g.norm(dim=1), (sums - before).flatten(), spread
 
 
 def fngd() -> Figure:

@@ -22,12 +22,12 @@ BELOW: dict[str, set[str]] = {
     "layers": {"capture", "jets", "sparse"},
     "labels": {"likelihoods"},
     "fishers": {"matrix", "capture"},
-    "weighting": {"capture", "hooks", "layers"},
     "record": {"capture", "layers", "sparse"},
-    "engine": {"capture", "hooks", "labels", "layers", "record", "weighting"},
+    "engine": {"capture", "hooks", "labels", "layers", "record"},
     "fisher": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "reconstruction": {"engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "optim": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
+    "fngd": {"engine", "record", "capture", "fishers", "hooks", "layers", "matrix", "optim"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "race")
 CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("__init__.py", "__main__.py")]

@@ -3,7 +3,6 @@
 from natgrad.fisher import fisher
 from natgrad.fishers import (
     EKFAC,
-    FNGD,
     FOOF,
     KFAC,
     KPSVD,
@@ -33,6 +32,7 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
+from natgrad.fngd import FNGD
 from natgrad.jets import Jets
 
 from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum

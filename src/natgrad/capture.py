@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,18 +15,13 @@ _CHUNK = 1 << 25  # elements of per-example gradients, or of products of positio
 
 @dataclass(frozen=True)
 class Examples:
-    """Which examples these are: those of step ``step`` from position ``start`` on; their ``ids`` (n,) if told."""
+    """Which examples these are: those from position ``start`` of the step's examples on."""
 
-    step: int = 0
     start: int = 0
-    ids: Tensor | None = None
 
 
 Kind = Literal["plain", "wide", "tokens", "mixed"]
 """How a layer uses its weight: as any; with a side too wide for a matrix; on tokens; both on tokens and as a head."""
-
-Weights = Callable[[Examples, Tensor], Tensor]
-"""The weights (n,) of examples at one layer, which may depend on the gradients g (n, ...) at its output."""
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,9 @@ class Engine:
             vars(self._model).pop(name, None)
         self._taps = []
 
-    def begin(self, step: int) -> None:
-        """Count the examples of this step from the next forward pass on."""
-        self._which, self._outside = Examples(step), False
+    def begin(self) -> None:
+        """Count the examples of a step from the next forward pass on."""
+        self._which, self._outside = Examples(), False
 
     def everything(self) -> list[Record]:
         """All records, which are then forgotten."""
@@ -205,7 +205,7 @@ class Engine:
             reached = self._send_back(record, watch, selected, self.labels)
         if self.keep_inputs:
             record.inputs, record.targets = (args, kwargs), self.labels and self.labels.targets
-        self._which = Examples(self._which.step, self._which.start + (record.rows.count or 0))
+        self._which = Examples(self._which.start + (record.rows.count or 0))
         self._sort(record, watch, reached)
         if not record.calls:
             return

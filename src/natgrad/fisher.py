@@ -11,7 +11,7 @@ from torch import nn
 
 from natgrad.capture import Capture
 from natgrad.engine import Engine
-from natgrad.fishers import Approximation, Coupled, Stats, Weighted, check_layers, for_layer, pool
+from natgrad.fishers import Approximation, Coupled, Stats, check_layers, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import WIDE, Layer, check_wide, expected
 from natgrad.likelihoods import Objective
@@ -61,8 +61,6 @@ def fisher(
     _check(estimator, draws, weight_sharing)
     if isinstance(approximation, Coupled):
         raise ValueError(f"{type(approximation).__name__} joins layers in its inverse and has no matrix per layer")
-    if isinstance(approximation, Weighted):
-        raise ValueError(f"{type(approximation).__name__} weighs examples and has no matrix per layer")
     check_wide(wide)
     check_layers(approximation, expected(model, wide=wide).layers.values())
     labels = Labels(likelihood, estimator, draws)

@@ -262,7 +262,7 @@ def test_a_layer_that_is_never_used_does_not_count_as_covered() -> None:
 
 def test_methods_that_need_modules_leave_attention_alone() -> None:
     model = nn.Sequential(Attend(), nn.Linear(T * E, 2))
-    optimizer = NaturalGradient(model, FNGD(first_phase=3))
+    optimizer = FNGD(model, first_phase=3)
     assert list(optimizer.layers) == ["1"]
     reasons = {reason for name, reason in optimizer.uncovered.items() if name.startswith("0.attn")}
     assert reasons == {"used inside MultiheadAttention, not called as a module"}

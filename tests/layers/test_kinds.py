@@ -134,7 +134,7 @@ def test_every_approximation_takes_a_step_that_lowers_the_loss(case: Case, make:
 @every_kind
 def test_fngd_solves_and_weighs(make: Callable[[], nn.Sequential]) -> None:
     model = make()
-    optimizer = NaturalGradient(model, FNGD(2), lr=0.01)
+    optimizer = FNGD(model, 2, lr=0.01)
     losses = training(model, optimizer, 6)
     assert losses[-1] < losses[0] and not optimizer.statistics()["skipped"]
 

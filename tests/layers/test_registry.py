@@ -9,7 +9,7 @@ from test_capture import N, armed, assert_per_example_gradients, captured, recor
 from torch import Tensor, nn
 
 import natgrad
-from natgrad import FNGD, KFAC, Gaussian, NaturalGradient
+from natgrad import FNGD, KFAC, Gaussian
 from natgrad.layers import cover
 from oracles import assert_equal
 
@@ -76,7 +76,7 @@ def test_parameters_may_have_other_names() -> None:
     try:
         x = torch.randn(N, 4)
         model = nn.Sequential(Named())
-        optimizer = NaturalGradient(model, FNGD(1), lr=0.1)
+        optimizer = FNGD(model, 1, lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
             model(x).square().mean().backward()

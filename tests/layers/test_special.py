@@ -190,7 +190,7 @@ def test_an_input_may_be_given_by_name() -> None:
     model, x = Named(), torch.randn(N, 4)
     for name in ("linear", "norm"):
         assert_per_example_gradients(model, x, torch.randn(N, 3), name)
-    optimizer = NaturalGradient(model, FNGD(1), lr=0.1)
+    optimizer = FNGD(model, 1, lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         model(x).square().mean().backward()

@@ -11,9 +11,10 @@ from test_capture import every_layer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from natgrad.capture import Examples
-from natgrad.engine import Engine
-from natgrad.layers import Adapter, adapter_of, cover
+from natgrad.fngd import Examples
+from natgrad.fngd.gradients import by_autograd, weighted_gradients
+from natgrad.fngd.weighting import Weighting
+from natgrad.layers import Layer, cover
 from oracles import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -27,12 +28,14 @@ def in_order(which: Examples, g: Tensor) -> Tensor:
 
 
 @contextmanager
-def weighted(model: nn.Module, weights: Callable[[Examples, Tensor], Tensor] = in_order) -> Iterator[Engine]:
-    layers = cover(model).layers.values()
-    engine = Engine(model, layers)
-    engine.weigh(dict.fromkeys(layers, weights))
-    yield engine
-    engine.close()
+def weighted(
+    model: nn.Module, weights: Callable[[Examples, Tensor], Tensor] = in_order, needs_ids: bool = False
+) -> Iterator[Weighting]:
+    layers = cover(model).layers
+    weighting = Weighting(model, needs_ids)
+    weighting.watch(layers.values(), dict.fromkeys(layers, weights))
+    yield weighting
+    weighting.close()
 
 
 def gradients(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -84,16 +87,15 @@ def deep(again: bool = False) -> tuple[Deep, Tensor]:
 @every_layer
 def test_the_gradient_of_a_layer_is_that_of_autograd(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     module, x = make(), torch.randn(N, *shape)
-    adapter = adapter_of(module)
-    assert adapter is not None
+    layer: Layer = cover(nn.Sequential(module)).layers["0"]
     y = module(x)
     g = torch.randn_like(y)
     scaled = g * W.view(-1, *(1,) * (y.ndim - 1))
-    expected = torch.autograd.grad(y, adapter.parameters(module), scaled)
+    expected = torch.autograd.grad(y, layer.parameters, scaled)
     with torch.no_grad():
-        read = adapter.read(module, x)
-        found = adapter.gradient(module, read, g, W)
-        default = Adapter.gradient(adapter, module, read, g, W)
+        read = layer.read((x,), {})
+        found = weighted_gradients(layer, read, g, W)
+        default = by_autograd(layer, read, g, W)
     for mine, slow, theirs in zip(found, default, expected, strict=True):
         assert_equal(mine, theirs)
         assert_equal(slow, theirs)
@@ -136,9 +138,9 @@ def test_a_recomputed_forward_pass_is_weighted_alike() -> None:
 def test_positions_count_on_over_micro_batches_until_the_next_step() -> None:
     model, x = deep()
     expected = by_a_loop(model, x)
-    with weighted(model) as engine:
+    with weighted(model) as weighting:
         for _ in range(2):
-            engine.begin(0)
+            weighting.begin(0)
             model.zero_grad()
             for part in x.split(2):
                 (0.5 * model(part).square().sum()).backward()
@@ -150,11 +152,11 @@ def test_positions_count_on_over_micro_batches_until_the_next_step() -> None:
 def test_outside_of_training_gradients_are_plain(how: str) -> None:
     model, x = deep()
     expected, _ = gradients(model, x)
-    with weighted(model) as engine:
+    with weighted(model) as weighting:
         if how == "eval":
             model.eval()
         else:
-            engine.weigh({}) if how == "no weights" else engine.close()
+            weighting.watch((), {}) if how == "no weights" else weighting.close()
         found, _ = gradients(model, x)
         if how == "eval":  # and does not count
             model.train()
@@ -233,13 +235,26 @@ def test_under_autocast_the_product_runs_in_low_precision_and_the_gradient_is_th
         assert_equal(found[name], expected[name], 0.05)
 
 
-def test_ids_must_be_as_many_as_the_examples() -> None:
+def test_ids_must_be_told_and_be_as_many_as_the_examples() -> None:
     model, x = deep()
-    with weighted(model) as engine:
-        engine.ids = torch.arange(3)
+    with weighted(model, needs_ids=True) as weighting:
+        with pytest.raises(ValueError, match=r"optimizer\.examples\(ids\)"):
+            model(x)
+        weighting.ids = torch.arange(3)
         with pytest.raises(ValueError, match="3 ids, but the batch has 5 examples"):
             model(x)
         assert all(p.requires_grad for p in model.parameters())
-        engine.needs_ids, engine.ids = True, None
-        with pytest.raises(ValueError, match=r"optimizer\.examples\(ids\)"):
-            model(x)
+
+
+def test_layers_without_weights_are_watched_for_which_examples_reach_them_alone() -> None:
+    model, x = deep()
+    expected, passed_on = gradients(model, x)
+    with weighted(model, needs_ids=True) as weighting:
+        weighting.watch(cover(model).layers.values(), {})
+        weighting.begin(3)
+        for ids in (torch.arange(5), torch.arange(5, 10)):
+            weighting.ids = ids
+            found, mine = gradients(model, x)
+        assert list(weighting.told) == [0, 5] and torch.equal(weighting.told[5], torch.arange(5, 10))
+        assert weighting.ids is None
+    assert torch.equal(mine, passed_on) and all(torch.equal(found[name], expected[name]) for name in found)

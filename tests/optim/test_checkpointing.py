@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from training import backward, batch, network, optimizer_of, same, train, values, weights
 
-from natgrad import FNGD, KLLimit
+from natgrad import FNGD, KLLimit, NaturalGradient
+from natgrad.fngd import Quantile
 from oracles import assert_equal
 
 BATCHES = [batch(step) for step in range(6)]
@@ -20,7 +21,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drawn labels": {},
     "the user's gradients": {"likelihood": None},
     "a policy that seldom reads": {"step_size": KLLimit(), "observe_every": 2},
-    "weighed examples": {"approximation": FNGD(first_phase=2), "likelihood": None},
+    "weighed examples": {"first_phase": 2},
+    "examples weighed by their rank": {"first_phase": 2, "coefficients": Quantile()},
 }
 
 
@@ -60,12 +62,21 @@ def nested(reentrant: bool) -> Callable[[nn.Sequential, Tensor], Tensor]:
     return lambda net, x: checkpoint(lambda x: inner(net, x), x, use_reentrant=reentrant)
 
 
+def made(model: nn.Module, settings: dict[str, Any]) -> NaturalGradient | FNGD:
+    return FNGD(model, **settings) if "first_phase" in settings else optimizer_of(model, **settings)
+
+
+def observations(optimizer: NaturalGradient | FNGD) -> list[int]:
+    """How often every layer was observed; by FNGD, how many batches had the position that most had."""
+    states = [optimizer.state[weight] for weight in weights(optimizer)]
+    return [int(state["seen"].max()) if "seen" in state else state["observations"] for state in states]
+
+
 def trained(run: Callable[[nn.Sequential, Tensor], Tensor], **settings: Any) -> tuple[list[Tensor], list[int]]:
     model = Checkpointed(run)
-    settings = dict(settings)
-    optimizer = optimizer_of(model, settings.pop("approximation", None), **settings)
+    optimizer = made(model, settings)
     train(model, optimizer, BATCHES)
-    return values(model), [optimizer.state[weight]["observations"] for weight in weights(optimizer)]
+    return values(model), observations(optimizer)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -84,8 +95,7 @@ def test_a_checkpoint_around_the_model_changes_nothing(reentrant: bool, settings
     found = []
     for checkpointed in (True, False):
         model: Any = network()
-        rest = dict(settings)
-        optimizer = optimizer_of(model, rest.pop("approximation", None), **rest)
+        optimizer = made(model, settings)
         for x, y in BATCHES:
             optimizer.zero_grad()
             for micro in range(2):  # of which the second comes after a backward pass of the first
@@ -96,7 +106,7 @@ def test_a_checkpoint_around_the_model_changes_nothing(reentrant: bool, settings
                     output = model(part_x)
                 (F.cross_entropy(output, part_y) / 2).backward()
             optimizer.step()
-        found.append((values(model), [optimizer.state[w]["observations"] for w in weights(optimizer)]))
+        found.append((values(model), observations(optimizer)))
     assert found[0][1] == found[1][1] and min(found[0][1]) >= 2
     for mine, theirs in zip(found[0][0], found[1][0], strict=True):
         assert_equal(mine, theirs, 1e-12)

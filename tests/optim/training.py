@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Categorical, NaturalGradient
+from natgrad import EKFAC, FNGD, KFAC, TEKFAC, TKFAC, Categorical, NaturalGradient
 
 FOUR = [KFAC, EKFAC, TKFAC, TEKFAC]
 Batch = tuple[Tensor, Tensor]
@@ -67,7 +67,7 @@ def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def weights(optimizer: NaturalGradient) -> list[nn.Parameter]:
+def weights(optimizer: NaturalGradient | FNGD) -> list[nn.Parameter]:
     return [layer.parameters[0] for layer in optimizer.layers.values()]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import natgrad
-from natgrad.race.entries import ENTRIES, find, with_policies
+from natgrad.race.entries import ENTRIES, LOOK_UPS, find, with_policies
 from natgrad.race.run import Rules, batches, run
 from natgrad.race.tasks import Task
 
@@ -26,9 +26,7 @@ def test_each_first_order_space_holds_settings_that_build(tiny: Task, name: str)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(3):
-        settings = {**entry.defaults, **entry.space(study.ask())}
-        settings.pop("schedule")
-        entry.build(tiny.model(tiny.data(None)), tiny, settings)
+        entry.start(tiny.model(tiny.data(None)), tiny, {**entry.defaults, **entry.space(study.ask())}, 6)
 
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in FIRST_ORDER])
@@ -71,14 +69,13 @@ def test_fngd_learns_for_an_epoch_by_each_of_its_rules(tiny: Task, name: str) ->
     assert done.stopped == "" and done.curve[-1].loss < done.curve[0].loss
     optimizer = entry.start(tiny.model(tiny.data(None)), tiny, {**entry.defaults, "schedule": "cosine"}, 6)
     rule = name.removeprefix("fngd").strip("[]") or "position_mean"
-    found = optimizer._curvature.approximation
-    assert (found.coefficients, found.first_phase) == (rule, 6)
+    assert (optimizer.coefficients, optimizer.first_phase) == (LOOK_UPS[rule](), 6)
 
 
-def test_a_variant_of_fngd_may_be_a_policy_and_an_unknown_one_is_listed() -> None:
-    assert find("fngd[kl]").defaults["step_size"] == "kl"
-    with pytest.raises(ValueError, match=r"there are kl.*scalar, sample"):
-        find("fngd[mean]")
+@pytest.mark.parametrize("name", ["fngd[mean]", "fngd[kl]"])
+def test_an_unknown_variant_of_fngd_is_told_those_there_are_and_policies_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match=r"there are scalar, sample, quantile, recompute$"):
+        find(name)
 
 
 def test_batches_say_which_examples_they_have() -> None:

@@ -1,6 +1,6 @@
 """Approximations of a layer's Fisher block, one per file."""
 
-from natgrad.fishers.base import Approximation, Coupled, Part, Weighted
+from natgrad.fishers.base import Approximation, Coupled, Part
 from natgrad.fishers.block_tridiagonal import BlockTridiagonal
 from natgrad.fishers.coarse import (
     CoarseSpace,
@@ -17,7 +17,6 @@ from natgrad.fishers.diagonal import Diagonal
 from natgrad.fishers.eigen_corrected import EigenCorrected
 from natgrad.fishers.ekfac import EKFAC
 from natgrad.fishers.exact import ExactFisher
-from natgrad.fishers.fngd import FNGD
 from natgrad.fishers.foof import FOOF
 from natgrad.fishers.joint import JointFisher
 from natgrad.fishers.kfac import KFAC
@@ -37,7 +36,6 @@ from natgrad.fishers.woodbury import JointWoodbury, Woodbury
 __all__ = [
     "EKFAC",
     "FOOF",
-    "FNGD",
     "KFAC",
     "SNGD",
     "KPSVD",
@@ -72,7 +70,6 @@ __all__ = [
     "TwoLevel",
     "UnitWise",
     "Woodbury",
-    "Weighted",
     "as_capture",
     "as_samples",
     "check_layers",

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from natgrad.capture import Capture, Kind, Weights
+from natgrad.capture import Capture, Kind
 from natgrad.fishers.statistics import Stats, pool
 from natgrad.matrix import LinearMap, Matrix, NetworkMap
 
@@ -120,35 +119,3 @@ class Coupled(Approximation):
     @abstractmethod
     def couple(self, parts: Mapping[str, Part]) -> NetworkMap:
         """The map D = map @ M on dicts of blocks; it must accept an M that lacks some of the layers."""
-
-
-class Weighted(Approximation):
-    """An approximation whose direction is D = sum_n c_n DW_n, a weighted sum of the gradients of the user's own loss.
-
-    It learns the coefficients c in a first phase, from the examples of every step. After that gradients are weighted by
-    what it has learnt as they are summed, in the user's backward pass, and a matrix is left to be the scale.
-    """
-
-    observe_every: ClassVar[int] = 1
-    refresh_every: ClassVar[int] = 1
-
-    @property
-    def needs_ids(self) -> bool:
-        """Whether it tells examples apart by the ids that a user gives them."""
-        return False
-
-    @abstractmethod
-    def learns(self, step: int) -> bool:
-        """Whether this step belongs to the first phase."""
-
-    @abstractmethod
-    def direction(self, stats: Stats, seen: Sequence[Capture]) -> Tensor:
-        """D (*groups, out, in) for the batches just merged into ``stats``."""
-
-    @abstractmethod
-    def weights(self, stats: Stats) -> Weights | None:
-        """The weights (n,) of the examples after the first phase, or ``None`` if all are 1."""
-
-    @abstractmethod
-    def scale(self, stats: Stats) -> Tensor:
-        """The number that times the gradient so weighted is D."""

@@ -118,32 +118,38 @@ def report(
     have not seen counts as stepped by AdamW.
     """
     known: dict[object, Cost | None] = {}
-    names = {id(p): name for name, p in model.named_parameters()}
     rows = []
     for name, layer in found.layers.items():
-        key = (layer.shape, layer.parameters[0].dtype, layer.kind, layer.diagonal)
+        key = (layer.shape, layer.weight.dtype, layer.kind, layer.diagonal)
         chosen = for_layer(approximation, layer.kind)
         if key not in known:
             known[key] = cost(chosen, layer, examples)
-        parameters = tuple(names[id(p)] for p in layer.parameters)
-        row = _row(layer, approximation, known[key], parameters)
+        row = row_of(model, layer, known[key], _structure(layer, approximation))
         rows.append(row if curvature is None else _as_it_stands(row, curvature.get(name)))
-    numbers = {name: p.numel() for name, p in model.named_parameters()}
-    for name, why in found.uncovered.items():
-        rule = "Shampoo" if name in matrices else rest
-        rows.append(Row(name, (name,), numbers[name], rule, rule, why))
-    told = {name for row in rows for name in row.parameters}
-    frozen = [name for name in numbers if name not in told]
-    rows += [Row(name, (name,), numbers[name], "none", "frozen", "not trained") for name in frozen]
-    return Report(tuple(rows), found.expected)
+    return complete(model, found, rows, rest, matrices)
 
 
-def _row(layer: Layer, approximation: Approximation, what: Cost | None, parameters: tuple[str, ...]) -> Row:
+def row_of(model: nn.Module, layer: Layer, what: Cost | None, remarks: Iterable[str] = ()) -> Row:
+    """The row of a layer with curvature."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    parameters = tuple(names[id(p)] for p in layer.parameters)
     name = " = ".join([layer.name, *(other.removesuffix(".weight") for other in layer.names[1:])])
-    why = "; ".join([", ".join(layer.operations), *_structure(layer, approximation)])
+    why = "; ".join([", ".join(layer.operations), *remarks])
     total = sum(part.numel() for part in layer.parts(list(layer.parameters)))
     block = " x ".join(map(str, layer.shape))
     return Row(name, parameters, total, "natural", what.structure if what else "-", why, block, what)
+
+
+def complete(
+    model: nn.Module, found: Coverage, rows: Sequence[Row], rest: str, matrices: Collection[str] = ()
+) -> Report:
+    """The rows of the layers, and those of all other parameters: ``matrices`` under Shampoo, others under ``rest``."""
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    rules = {name: "Shampoo" if name in matrices else rest for name in found.uncovered}
+    others = [Row(name, (name,), numbers[name], rules[name], rules[name], why) for name, why in found.uncovered.items()]
+    told = {name for row in (*rows, *others) for name in row.parameters}
+    frozen = [Row(n, (n,), size, "none", "frozen", "not trained") for n, size in numbers.items() if n not in told]
+    return Report((*rows, *others, *frozen), found.expected)
 
 
 def _as_it_stands(row: Row, now: LayerCurvature | None) -> Row:

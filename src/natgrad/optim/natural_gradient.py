@@ -404,7 +404,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         samples = self.step_size.needs_samples(self._clock["memory"])
         self._engine.armed = samples or self._curvature.observes(self.steps)
-        self._engine.begin(self.steps)
+        self._engine.begin()
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
 

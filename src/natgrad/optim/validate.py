@@ -48,8 +48,8 @@ def as_damping(damping: float | Damping | None) -> Damping:
 def check_settings(settings: dict[str, Any]) -> None:
     """Check the arguments of ``NaturalGradient`` by their names."""
     kind("model", settings["model"], nn.Module, "a torch.nn.Module (the model itself, not its parameters)")
-    approximation = settings["approximation"]
-    kind("approximation", approximation, Approximation, "an approximation such as KFAC() (an object, not a class)")
+    example = "an approximation such as KFAC() (an object, not a class)"
+    kind("approximation", settings["approximation"], Approximation, example)
     likelihood = settings["likelihood"]
     if likelihood is not None:
         kind("likelihood", likelihood, Objective, "a likelihood such as Categorical() (an object, not a class)")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import natgrad
+import natgrad.fngd as fngd_package
 from natgrad.matrix import Tikhonov
 from natgrad.race.tasks import Task
 
@@ -154,12 +155,20 @@ def natural(approximation: Callable[[], Any], **own: Any) -> Callable[[nn.Module
 
 
 def fngd(model: nn.Module, task: Task, settings: Settings) -> Any:
-    """FNGD, which takes the gradients of the loss itself."""
-    own = {field.name for field in fields(natgrad.FNGD)}
-    method = natgrad.FNGD(**{key: value for key, value in settings.items() if key in own})
-    return natgrad.NaturalGradient(
-        model, method, **_with_policy({key: value for key, value in settings.items() if key not in own})
-    )
+    """FNGD, which takes the gradients of the loss itself; `coefficients` is a name of `LOOK_UPS`."""
+    rest = dict(settings)
+    look_up = LOOK_UPS[rest.pop("coefficients", "position_mean")]()
+    return natgrad.FNGD(model, coefficients=look_up, **rest)
+
+
+LOOK_UPS: dict[str, Callable[[], Any]] = {
+    "position_mean": fngd_package.PositionMean,
+    "sample": fngd_package.Sample,
+    "iteration": fngd_package.Iteration,
+    "quantile": fngd_package.Quantile,
+    "scalar": fngd_package.Scalar,
+    "recompute": fngd_package.Recompute,
+}
 
 
 def _with_policy(settings: Settings) -> dict[str, Any]:
@@ -276,7 +285,7 @@ ENTRIES = {
         Entry("lanczos", natural(lambda: natgrad.Lanczos()), _natural_space, natural=True),
         Entry("kfac-corrected", natural(lambda: natgrad.CorrectedKFAC()), _natural_space, natural=True),
         Entry("diagonal", natural(lambda: natgrad.Diagonal()), _natural_space, natural=True),
-        Entry("fngd", fngd, _fngd_space, FNGD, natural=True, variants=FNGD_VARIANTS, learns=True),
+        Entry("fngd", fngd, _fngd_space, FNGD, variants=FNGD_VARIANTS, learns=True),
     )
 }
 
@@ -291,11 +300,9 @@ def find(name: str) -> Entry:
     chosen = ENTRIES[base]
     if policy in chosen.variants:
         return replace(chosen, name=name, defaults={**chosen.defaults, **chosen.variants[policy]})
-    if policy not in POLICIES:
-        known = ", ".join([*POLICIES, *chosen.variants])
-        raise ValueError(f"no step-size policy {policy!r} in {name!r}: there are {known}")
-    if not chosen.natural:
-        raise ValueError(f"{base} has no step-size policies: there are variants of natural entries only")
+    known = [*(POLICIES if chosen.natural else ()), *chosen.variants]
+    if policy not in known:
+        raise ValueError(f"no {policy!r} of {base}: there are {', '.join(known) or 'no variants of it'}")
     return replace(chosen, name=name, defaults={**chosen.defaults, "step_size": policy})
 
 

@@ -1,4 +1,4 @@
-"""FNGD (Wu et al. 2024): seconds per epoch on a residual network, BLEU of a translator at equal time."""
+"""FNGD (Ou et al. 2024): seconds per epoch on a residual network, BLEU of a translator at equal time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ IMAGES = (NARROW, FULL)
 STUDY = Study(
     name="fngd",
     title="FNGD: coefficients of the first epoch, shared by all later ones",
-    paper="Wu, Yu, Zhang and Wen, arXiv 2403.03473 (2024).",
+    paper="Ou, Zhu, Huang and Liu, arXiv 2403.03473 (2024).",
     experiments=EXPERIMENTS,
     claims=(
         Claim(
