@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from natgrad.layers import Coverage
-from natgrad.optim.curvature import LayerCurvature
 
 
 def no_samples(policy: object) -> RuntimeError:
@@ -35,11 +34,11 @@ class Watch:
         self,
         model: nn.Module,
         found: Coverage,
-        curvature: Mapping[str, LayerCurvature],
+        ready: Iterable[str],
         groups: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Look at the gradients of a step that observes."""
-        covered = {id(p) for n, c in curvature.items() if c.ready for p in found.layers[n].parameters}
+        """Look at the gradients of a step that observes; ``ready`` are the layers that have been seen."""
+        covered = {id(p) for name in ready for p in found.layers[name].parameters}
         stepped = {id(p): group["rule"] for group in groups for p in group["params"]}
         unseen, unread, left = [], [], []
         for name, p in model.named_parameters():

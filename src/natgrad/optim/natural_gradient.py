@@ -289,7 +289,8 @@ class NaturalGradient(torch.optim.Optimizer):
         state = self._curvature.filled(self._now)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if self._curvature.observes(self.steps):
-            self._watch(self.model, self._covered, advanced, self.param_groups)
+            ready = [name for name, curvature in advanced.items() if curvature.ready]
+            self._watch(self.model, self._covered, ready, self.param_groups)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
         return advanced

@@ -97,7 +97,8 @@ def reconstruct(
 
 def _suitable(model: nn.Module, inputs: object, exclude: tuple[str, ...]) -> dict[str, Layer]:
     """The layers that modules have as their ``weight``, whole, and alone."""
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, (tuple, list)) else (inputs,), {})
+    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
     with evaluating(model):
         found = look(model, args, kwargs, exclude, None).layers
     return {
@@ -162,8 +163,8 @@ def restore(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Mod
     if not fisher_layers:
         raise ValueError("the model is not reconstructed")
     for fisher_layer in fisher_layers:
-        for name, chain in fisher_layer.chains().items():
-            if len(chain) > 1:
+        for name, parametrized in fisher_layer.chains().items():
+            if len(parametrized) > 1:
                 raise ValueError(f"{fisher_layer.layer.name}.{name} was parametrized once more: remove that first")
     check_optimizer(optimizer, [fisher_layer.layer for fisher_layer in fisher_layers])
     for fisher_layer in fisher_layers:
