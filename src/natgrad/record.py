@@ -30,7 +30,7 @@ class Use:
 
     def __post_init__(self) -> None:
         """Bring the examples to the front."""
-        self.how = self.rows.arrangement(self.call.sizes)
+        self.how = self.rows.arrangement(self.call.sizes, self.call.first)
         self.x = self.how(self.call.x)
 
     def gradient(self, seed: int) -> Tensor:

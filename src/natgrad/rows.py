@@ -52,15 +52,16 @@ class Rows:
     apart: bool = False
     second: bool = False
 
-    def arrangement(self, sizes: torch.Size) -> Arrangement:
+    def arrangement(self, sizes: torch.Size, first: bool = False) -> Arrangement:
         """Where the examples are among positions of these sizes: a dimension of their number, else a multiple of it.
+        If they are known to be ``first``, no other dimension is looked at.
 
         Positions that fit nowhere, which the examples share, count as examples themselves.
         """
         n = self.count
         if n is None or not sizes:
             return Arrangement(sizes)
-        order = [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
+        order = [0] if first else [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
         for d in order:
             if d < len(sizes) and sizes[d] == n:
                 return Arrangement(sizes, d)

@@ -32,14 +32,14 @@ def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any)
         y = F.linear(x, w, b)
         whole = watch.operand(w)
         if whole is None or whole.view.size[0] == whole.parameter.shape[0] == width:
-            watch.saw(LINEAR, w, b, _first(x, n), y, lambda g: _first(g, n))
+            watch.saw(LINEAR, w, b, _first(x, n), y, lambda g: _first(g, n), first=True)
             return y
         for k in range(len(w) // width):
             rows = slice(k * width, (k + 1) * width)
-            first = whole.view.offset // (width * w.shape[1])
+            start = whole.view.offset // (width * w.shape[1])
             read = _rows(n, rows)
             bias = None if b is None else b[rows]
-            watch.saw(LINEAR, w[rows], bias, _first(x, n), y, read, part="qkv"[first + k])
+            watch.saw(LINEAR, w[rows], bias, _first(x, n), y, read, part="qkv"[start + k], first=True)
         return y
 
     return _with(linear, F.multi_head_attention_forward)(query, *args, **kwargs)

@@ -112,7 +112,7 @@ class _Scan:
 
     def __init__(self, watch: Watch, func: Any, biased: bool, kept: Tensor | None) -> None:
         self._watch, self._cell, self._biased, self._kept = watch, _SCANS[func], biased, kept
-        self._told = {"operation": func.__name__, "kept": None if kept is None else kept.mT}
+        self._told: dict[str, Any] = {"operation": func.__name__, "kept": None if kept is None else kept.mT, "first": True}
 
     def __call__(
         self, x: Tensor, states: States, weights: Sequence[Tensor], backwards: bool

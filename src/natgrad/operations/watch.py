@@ -122,6 +122,7 @@ class Watch(TorchFunctionMode):
         part: str = "",
         kept: Tensor | None = None,
         version: int | None = None,
+        first: bool = False,
     ) -> None:
         """Note that y is such an operation at x; ``read`` brings y into the form (positions..., *outer)."""
         used, added = self.operand(weight), self.operand(bias)
@@ -133,7 +134,7 @@ class Watch(TorchFunctionMode):
         spread = form.features(read(y.detach())).shape[:-1] if added else None
         edge, known = get_gradient_edge(y), used or added
         assert known is not None
-        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread)
+        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread, first)
         calls = [call] if used else [call.of_bias()]
         if used and added and used.factor != added.factor:  # the gradients of both have no common scale
             calls = [replace(call, bias=None, spread=None), replace(call.of_bias(), gradients=[])]
