@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from natgrad import Categorical
 from natgrad.engine import Engine
 from natgrad.labels import Labels
-from natgrad.layers import Layer
-from natgrad.look import look
 from natgrad.record import Record
 from oracles import assert_equal
 
@@ -47,14 +45,10 @@ def engine_on(model: nn.Module, labels: Labels | None, **settings: Any) -> Itera
     engine.close()
 
 
-def layers_of(model: nn.Module) -> list[Layer]:
-    return list(look(model, data()[:1]).layers.values())
-
-
 def captures(model: nn.Module, record: Record) -> list[Tensor]:
     return [
         tensor
-        for layer in layers_of(model)
+        for layer in record.layers.values()
         for capture in record.captures(layer)
         for tensor in (capture.a, capture.g)
     ]
@@ -108,7 +102,7 @@ def test_the_record_of_a_likelihood_lets_go_of_the_graph() -> None:
         model(x).sum().backward()
         (record,) = engine.take()
     calls = [call for layer_calls in record.calls.values() for call in layer_calls]
-    assert calls and all(call.edge is None for call in calls)
+    assert calls and all(use.call.edge is None for use in calls)
     assert not any(tensor.requires_grad for tensor in captures(model, record))
 
 
@@ -170,7 +164,7 @@ def test_several_forwards_before_one_backward_are_records_of_their_own(estimator
         F.cross_entropy(model(x), y, reduction="sum").backward()
         (whole,) = engine.take()
     assert [record.examples() for record in together] == [1, 3, 2]
-    for layer in layers_of(model):
+    for layer in whole.layers.values():
         for seed, capture in enumerate(whole.captures(layer)):
             pieces = [list(record.captures(layer))[seed] for record in together]
             assert_equal(torch.cat([piece.a for piece in pieces]), capture.a, 1e-12)
@@ -253,7 +247,7 @@ def test_one_capture_per_seed_and_the_count_of_terms(estimator: str | None, seed
     with engine_on(model, labels_of(estimator, y)) as engine:
         F.cross_entropy(model(x), y).backward()
         (record,) = engine.take()
-    for layer in layers_of(model):
+    for layer in record.layers.values():
         seen = list(record.captures(layer))
         assert len(seen) == seeds
         assert all(capture.count == 4 / seeds for capture in seen), "they pool to the terms there are"
@@ -274,7 +268,7 @@ def test_scale_multiplies_the_gradients_of_the_users_own_loss() -> None:
             F.cross_entropy(model(x), y, reduction=reduction).backward()
             (record,) = engine.take()
         record.scale = scale
-        layer = look(model, data()[:1]).layers["4"]
+        layer = record.layers["4"]
         (capture,) = record.captures(layer)
         directional = record.directional(layer, [p.detach() for p in layer.parameters])
         assert directional is not None

@@ -32,7 +32,10 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
-from natgrad.fngd import FNGD
+try:
+    from natgrad.fngd import FNGD
+except ImportError:  # temporary
+    FNGD = None
 from natgrad.jets import Jets
 
 from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum

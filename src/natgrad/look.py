@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,8 @@ def look(
     inventory = Inventory(model, tuple(exclude), wide)
     kwargs = dict(kwargs or {})
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            warnings.simplefilter("ignore")  # of torch, which looks at gradients
             _pass(inventory, method, *tree_map(lambda x: _faked(fake, x), (tuple(args), kwargs)), fake)
     except Exception:
         inventory = Inventory(model, tuple(exclude), wide)

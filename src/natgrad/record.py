@@ -61,6 +61,7 @@ class Record:
     """
 
     calls: dict[str, list[Use]] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
     terms: Tensor | float = 1.0
     scale: float = 1.0
     which: Examples = Examples()
@@ -72,6 +73,7 @@ class Record:
 
     def add(self, call: Call, layer: Layer, swapped: bool) -> None:
         """One more use of a layer."""
+        self.layers[layer.name] = layer
         self.calls.setdefault(layer.name, []).append(Use(call, swapped, self.rows))
 
     def collect(self, call: Call) -> dict[int, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.fishers import for_layer
 from natgrad.labels import Labels
-from natgrad.layers import cover
+from natgrad.layers import Layer
+from natgrad.look import look
 from natgrad.matrix import Kronecker, Spectral
 from natgrad.record import Record
 from natgrad.sparse import Sparse, SparseCapture
@@ -73,13 +74,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, Te
 every_case = pytest.mark.parametrize(("make", "args", "kwargs"), CASES.values(), ids=CASES.keys())
 
 
-def recorded(model: nn.Module, y: Tensor, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Record:
-    engine = Engine(model, cover(model).layers.values(), Labels(Gaussian(), "empirical", targets=y))
+def recorded(
+    model: nn.Module, y: Tensor, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[Record, Mapping[str, Layer]]:
+    engine = Engine(model, Labels(Gaussian(), "empirical", targets=y))
     engine.armed = True
     model(*args, **kwargs)
     engine.close()
     (record,) = engine.everything()
-    return record
+    return record, engine.layers
 
 
 def per_example(model: Tokens, y: Tensor, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
@@ -99,7 +102,8 @@ def test_captured_gradients_are_per_example_gradients(
     make: Callable[[], nn.Module], args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
 ) -> None:
     model, y = Tokens(make()), torch.randn(N, 2)
-    record, layer = recorded(model, y, args, kwargs), cover(model).layers["inner"]
+    record, layers = recorded(model, y, args, kwargs)
+    layer = layers["inner"]
     expected = per_example(model, y, args, kwargs)
     (seen,) = record.captures(layer)
     assert isinstance(seen, SparseCapture)
@@ -120,20 +124,19 @@ def test_inputs_times_the_block_are_the_outputs(
     make: Callable[[], nn.Module], args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
 ) -> None:
     module = make()
-    layer = cover(module).layers[""]
-    x = layer.read(args, kwargs)
-    weights = [p.detach() for p in layer.parameters]
+    record, layers = recorded(module, torch.zeros_like(module(*args, **kwargs)), args, kwargs)
+    layer, (use,) = layers[""], record.calls[""]
+    form, weights = use.call.form, [p.detach() for p in layer.parameters]
     with torch.no_grad():
-        s = layer.adapter.inputs(module, x) @ layer.pack(weights).mT
-        y = layer.adapter.outputs(module, module(*args, **kwargs))
+        s = form.inputs(use.x, layer.biased) @ layer.pack(weights).mT
+        y = form.outputs(module(*args, **kwargs))
         padding = getattr(module, "padding_idx", None)
         if (
             isinstance(module, nn.Embedding) and padding is not None
         ):  # torch hands out the row, and gives it no gradient
             y = y * (args[0] != padding).view(*y.shape[:2], 1)
         assert_equal(s, y, 1e-12)
-        forward = layer.adapter.forward(module, weights, x)
-        assert_equal(layer.adapter.outputs(module, forward), y, 1e-12)
+        assert_equal(form.outputs(form.product(use.operand(layer, weights[0]), None, use.x)), y, 1e-12)
     assert_equal(layer.pack(layer.unpack(layer.pack(weights))), weights[0].mT)
 
 
@@ -242,7 +245,8 @@ def test_kfac_is_exact_for_one_token_an_example_and_a_linear_head() -> None:
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_reduce_sums_the_tokens_of_an_example(sharing: Any) -> None:
     model = Tokens(nn.Embedding(V, D, padding_idx=2))
-    (seen,) = recorded(model, torch.randn(N, 2), (TOKENS,), {}).captures(cover(model).layers["inner"], sharing)
+    record, layers = recorded(model, torch.randn(N, 2), (TOKENS,), {})
+    (seen,) = record.captures(layers["inner"], sharing)
     hot = nn.functional.one_hot(TOKENS, V).double()
     hot[..., 2] = 0
     expected = hot.sum(1, keepdim=True) if sharing == "reduce" else hot
@@ -254,11 +258,18 @@ def test_reduce_sums_the_tokens_of_an_example(sharing: Any) -> None:
 
 
 def test_settings_that_are_not_linear_are_left_out_with_the_reason() -> None:
-    model = nn.ModuleList([nn.Embedding(V, D, scale_grad_by_freq=True), nn.EmbeddingBag(V, D, mode="max")])
-    assert cover(model).layers == {}
-    assert cover(model).uncovered == {
-        "0.weight": "scale_grad_by_freq: not the gradient of the loss",
-        "1.weight": "mode 'max' is not linear in the weight",
+    reasons = {}
+    for inner in (nn.Embedding(V, D, scale_grad_by_freq=True), nn.EmbeddingBag(V, D, mode="max")):
+        found = look(Tokens(inner), (TOKENS,)).coverage()
+        assert list(found.layers) == ["head"]
+        reasons[type(inner).__name__] = found.uncovered
+    assert reasons == {
+        "Embedding": {
+            "inner.weight": "used by embedding with scale_grad_by_freq: not the gradient of the loss: no rule"
+        },
+        "EmbeddingBag": {
+            "inner.weight": "used by embedding_bag: mode 'max' is not linear in the weight: no rule"
+        },
     }
 
 

@@ -12,7 +12,7 @@ from test_attention import Attend
 from test_embedding import Tokens
 from test_kinds import KINDS, vectors
 from test_recurrent import Read, Steps
-from test_source import ByLinear, FromTheRight
+from test_own_weights import ByLinear, FromTheRight
 from test_ties import ByMatmul, Flattened, Language, Tower, WrittenWithBias
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from natgrad.engine import Engine
 from natgrad.fishers import for_layer
 from natgrad.jets import JetLinear
 from natgrad.labels import Labels
-from natgrad.layers import Layer, cover
+from natgrad.layers import Layer
 from oracles import assert_equal, damped, dense_fisher, error, position_fisher
 
 N = 6
@@ -91,15 +91,14 @@ def seen(name: str) -> tuple[list[tuple[Layer, Capture]], list[Tensor]]:
     torch.manual_seed(0)
     kind = LAYERS[name]
     model, x = kind.make(), kind.x()
-    layers = cover(model, wide=kind.wide).layers
     y = torch.randn_like(model(x))
-    engine = Engine(model, layers.values(), Labels(Gaussian(), "empirical", targets=y), only_training=False)
+    engine = Engine(model, Labels(Gaussian(), "empirical", targets=y), only_training=False, wide=kind.wide)
     engine.armed = True
     output = model(x)
     engine.close()
     (record,) = engine.everything()
     losses = [0.5 * each.square().sum() for each in output - y]
-    return [(layer, capture) for layer in layers.values() for capture in record.captures(layer)], losses
+    return [(layer, capture) for layer in engine.layers.values() for capture in record.captures(layer)], losses
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -120,7 +119,7 @@ def test_captured_gradients_are_those_of_every_example(name: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_laws_on_what_layers_have_seen(case: Case, name: str) -> None:
     small = [pair for pair in seen(name)[0] if pair[0].shape[-2:].numel() <= 64]
-    unlike = {(type(layer.adapter), layer.shape, len(layer.uses)): (layer, capture) for layer, capture in small}
+    unlike = {(type(layer.form), layer.shape, layer.operations): (layer, capture) for layer, capture in small}
     assert unlike
     for layer, capture in unlike.values():
         if for_layer(case.make(), layer.kind) == case.make():  # else another row stands in

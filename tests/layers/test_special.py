@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import FNGD, KFAC, BlockTridiagonal, Categorical, NaturalGradient, Woodbury
-from natgrad.layers import cover
+from natgrad.look import look
 from oracles import assert_equal, dense_fisher
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap on bilinear layers
@@ -29,10 +29,10 @@ def test_batch_norm_in_training_is_read_with_the_statistics_of_the_whole_batch_a
     model, x = nn.Sequential(randomised(nn.BatchNorm1d(3)), nn.Tanh()), torch.randn(N, 3)
     twin = copy.deepcopy(model)
     y = torch.randn(N, 3)
-    record = recorded(model, x, y)
+    record, layers = recorded(model, x, y)
     twin(x)
     assert same_buffers(model, twin)  # moved once, by the forward pass
-    layer, output = cover(model).layers["0"], twin(x)
+    layer, output = layers["0"], twin(x)
     for n in range(N):  # the loss of one example, in the forward pass of all
         loss = half_square(output[n], y[n])
         expected = torch.stack(torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True), -1)
@@ -44,8 +44,8 @@ def test_batch_norm_in_training_is_read_with_the_statistics_of_the_whole_batch_a
 @pytest.mark.parametrize("track", [False, True])
 def test_batch_norm_without_running_statistics_uses_those_of_the_batch(track: bool) -> None:
     model, x = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=track)).eval(), 3 + torch.randn(N, 3)
-    layer = cover(model).layers["0"]
-    a = layer.adapter.inputs(layer.module, layer.read((x,), {}))
+    record, layers = recorded(model, x)
+    a = captured(record, layers["0"]).a
     assert_equal(a[..., 0].squeeze(-1).mT, model(x).detach())
 
 
@@ -60,7 +60,8 @@ def test_a_norm_that_is_called_twice_adds_up_its_calls() -> None:
 
     model, x = Twice(), torch.randn(N, 3, 4)
     assert_per_example_gradients(model, x, torch.randn(N, 3, 4), "norm")
-    assert captured(recorded(model, x), cover(model).layers["norm"]).a.shape == (4, N, 6, 2)
+    record, layers = recorded(model, x)
+    assert captured(record, layers["norm"]).a.shape == (4, N, 6, 2)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -79,8 +80,8 @@ def test_the_norms_of_torchs_transformer_know_which_dimension_the_examples_are(b
             return (y if batch_first else y.transpose(0, 1)).flatten(1)
 
     model, x, y = Model(), torch.randn(N, 3, 4), torch.randn(N, 12)
-    record = recorded(model, x, y)
-    norms = {name: layer for name, layer in cover(model).layers.items() if "norm" in name}
+    record, layers = recorded(model, x, y)
+    norms = {name: layer for name, layer in layers.items() if "norm" in name}
     assert len(norms) == 3 + 4
     for n in range(N):
         loss = half_square(model(x[n : n + 1]), y[n : n + 1])
@@ -89,20 +90,26 @@ def test_the_norms_of_torchs_transformer_know_which_dimension_the_examples_are(b
             assert_equal(next(captured(record, layer).weight_gradients())[:, n, 0], expected)
 
 
-def test_norms_without_weights_are_no_layers_and_those_with_a_frozen_one_give_the_reason() -> None:
-    model = nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.BatchNorm1d(4), nn.LayerNorm(4))
+def test_norms_without_weights_are_no_layers_and_those_with_a_frozen_one_keep_the_other() -> None:
+    model = nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.LayerNorm(4))
     model[1].weight.requires_grad_(False)
     model[2].bias.requires_grad_(False)
-    coverage = cover(model)
-    assert coverage.uncovered == {"1.bias": "the layer's weight is frozen or not a plain parameter"}
-    assert coverage.layers["2"].shape == (4, 1, 1)
+    x, y = torch.randn(N, 4), torch.randn(N, 4)
+    record, layers = recorded(model.eval(), x, y)
+    assert {name: layer.shape for name, layer in layers.items()} == {"1.bias": (4, 1), "2": (4, 1, 1), "3": (4, 1, 2)}
+    for n in range(N):
+        loss = half_square(model(x[n : n + 1]), y[n : n + 1])
+        for layer in layers.values():
+            gradients = torch.autograd.grad(loss, layer.parameters, retain_graph=True)
+            DW = torch.cat(list(captured(record, layer).weight_gradients()), -3).select(-3, n)
+            assert_equal(DW, layer.pack(list(gradients)))
 
 
 def test_kfac_of_a_norm_is_the_covariances_of_its_features() -> None:
     model, (x, _) = KINDS["LayerNorm of images"](), data()
     z = F.layer_norm(x, (4, 4)).flatten(2)  # (n, 2, 16)
-    record = recorded(model, x, torch.zeros(len(x), 3))
-    seen = captured(record, cover(model).layers["0"])
+    record, layers = recorded(model, x, torch.zeros(len(x), 3))
+    seen = captured(record, layers["0"])
     found = KFAC().assemble(KFAC().observe(seen))
     for j in range(16):
         a = torch.stack([z[..., j].flatten(), torch.ones(2 * len(x))], -1)
@@ -112,7 +119,8 @@ def test_kfac_of_a_norm_is_the_covariances_of_its_features() -> None:
 
 def test_woodbury_of_small_blocks_keeps_no_more_examples_than_weights() -> None:
     model, (x, _) = KINDS["BatchNorm2d"](), data(50)
-    seen = captured(recorded(model, x, torch.zeros(len(x), 3)), cover(model).layers["0"])
+    record, layers = recorded(model, x, torch.zeros(len(x), 3))
+    seen = captured(record, layers["0"])
     matrix = Woodbury().assemble(Woodbury().observe(seen))
     assert matrix.a.shape == (2, 2, 1, 2)
     assert_equal(matrix.dense(), dense_fisher(seen))
@@ -134,19 +142,17 @@ def test_layers_around_a_norm_stay_neighbours() -> None:
 # Transposed convolutions.
 
 
-def test_an_output_size_is_read_if_it_is_that_of_the_module_and_refused_otherwise() -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+def test_an_output_size_is_read_whatever_the_module_says(padding: int) -> None:
     class Up(nn.Module):
-        def __init__(self, padding: int) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.up = nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=padding)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.up(x, output_size=[10]).flatten(1)
+            return self.up(x, output_size=[10]).tanh().flatten(1)
 
-    x = torch.randn(N, 2, 5)
-    assert recorded(Up(1), x).examples() == N
-    with pytest.raises(ValueError, match=r"output_size=\[10\]: set its output_padding=\(1,\) instead, or exclude"):
-        recorded(Up(0), x)
+    assert_per_example_gradients(Up(), torch.randn(N, 2, 5), torch.randn(N, 30), "up")
 
 
 # Layers with more than one input, and inputs by name.
@@ -165,7 +171,8 @@ def test_bilinear_layers_give_the_gradients_of_each_example(shape: tuple[int, ..
 
     model, x = Pair(), torch.randn(N, *shape)
     assert_per_example_gradients(model, x, torch.randn_like(model(x)), "pair")
-    layer, record = cover(model).layers["pair"], recorded(model, x)
+    record, layers = recorded(model, x)
+    layer = layers["pair"]
     V = [torch.randn_like(p) for p in layer.parameters]
     u = record.directional(layer, V)
     assert u is not None
@@ -173,9 +180,17 @@ def test_bilinear_layers_give_the_gradients_of_each_example(shape: tuple[int, ..
 
 
 def test_a_wide_bilinear_layer_is_left_to_adamw_with_the_reason() -> None:
-    coverage = cover(nn.Bilinear(100, 60, 2))
-    assert not coverage.layers
-    assert set(coverage.uncovered.values()) == {"Bilinear of 100 x 60 = 6000 inputs, more than 4096"}
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = nn.Bilinear(100, 60, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pair(x, x[:, :60])
+
+    found = look(Pair(), (torch.randn(N, 100),)).coverage()
+    assert list(found.layers) == ["pair.bias"]
+    assert found.uncovered == {"pair.weight": "used by bilinear of 100 x 60 = 6000 inputs, more than 4096: no rule"}
 
 
 def test_an_input_may_be_given_by_name() -> None:
@@ -201,10 +216,10 @@ def test_an_input_may_be_given_by_name() -> None:
 def test_conv1d_of_transformers_itself() -> None:
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     model, x = nn.Sequential(pytorch_utils.Conv1D(3, 4).double()), torch.randn(N, 5, 4)
-    layer = cover(model).layers["0"]
-    assert layer.shape == (3, 5)
-    capture = captured(recorded(model, x), layer)
-    total = layer.unpack(sum(DW.sum(0) for DW in capture.weight_gradients()) + torch.zeros(3, 5))
-    for found, p in zip(total, layer.parameters, strict=True):
+    record, layers = recorded(model, x)
+    assert list(layers) == ["0"] and layers["0"].shape == (3, 5)  # by addmm, which adds the bias itself
+    capture = captured(record, layers["0"])
+    total = layers["0"].unpack(sum(DW.sum(0) for DW in capture.weight_gradients()) + torch.zeros(3, 5))
+    for found, p in zip(total, layers["0"].parameters, strict=True):
         assert p.grad is not None
         assert_equal(found, p.grad)

@@ -77,7 +77,7 @@ class FisherLayer(nn.Module):
     def _columns(self, chosen: slice) -> Tensor:
         """Some columns of S W', and of most maps no more than these."""
         with unseen():
-            block = self.layer.pack(list(self.layer.parameters))
+            block = self.layer.pack([chain.original for chain in self.chains().values()])
         S = self.metric.S
         with torch.autocast(block.device.type, enabled=False), unseen():
             if isinstance(S, Kronecker):
