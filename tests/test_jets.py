@@ -299,15 +299,18 @@ class Stacked(nn.Module):
         return torch.cat([self.u(inside).second.sum(1), self.u(boundary).value])
 
 
-def test_calls_that_are_stacked_as_examples_are_refused_with_exact_labels() -> None:
+def test_calls_that_are_stacked_as_examples_have_random_signs_with_exact_labels() -> None:
+    """One seed reaches both calls of a layer, whose examples are not those of the output: their signs are random."""
     model, x = Stacked(), (torch.randn(N, 3), torch.randn(N, 3))
-    with pytest.raises(
-        ValueError, match=r"'u.steps.0' was called 2 times with 6 examples, but the output has 12: with"
-    ):
-        natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])
+    signs = [natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)], seed=seed) for seed in range(400)]
     drawn = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)], estimator="sampled", draws=1500)
     for name, expected in ggn(model, x, lambda r: 0.5 * r.square().sum() / (2 * N)).items():
+        assert error(torch.stack([found[name].dense() for found in signs]).mean(0), expected) < 0.05
         assert error(drawn[name].dense(), expected) < 0.1
+
+
+def test_calls_with_batches_of_different_sizes_are_refused() -> None:
+    model, x = Stacked(), (torch.randn(N, 3), torch.randn(N, 3))
     optimizer = NaturalGradient(model, likelihood=Gaussian())
     model(x[0], x[1][:4]).square().mean().backward()
     before = [p.detach().clone() for p in model.parameters()]

@@ -258,7 +258,7 @@ class Engine:
         with torch.autocast(plain[0].device.type, enabled=False), sending():  # of the loss, which a user may write
             labels.targets = rows.targets(labels.targets, plain[0])
             record.terms = rows.by_example(labels.terms(whole))
-            mixed = not all(rows.matches(call.sizes) for call in watch.calls)
+            mixed = rows.each > 1 or not all(rows.matches(call.sizes) for call in watch.calls)
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]

@@ -99,8 +99,9 @@ class Rows:
     def seeds(self, labels: Labels, output: Any, mixed: bool) -> Iterator[Any]:
         """The seeds of the labels; exact ones reach one row of an example at a time.
 
-        If they are ``mixed``, that is if the examples of an operation are not known, every row of an exact seed has a
-        random sign: the mean over signs of the square of any sum of rows is the sum of their squares.
+        If they may be ``mixed``, that is if the examples of an operation are known by sizes alone or not at all, every
+        row of an exact seed has a random sign: the mean over signs of the square of any sum of rows is the sum of their
+        squares, and where a sum has but one row the sign is of no account.
         """
         for seed in labels.seeds(output):
             if labels.estimator != "exact" or not isinstance(seed, Tensor):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.functional as F
 from test_accumulation import check
 from test_resume import BREAKS, batches_of, run
 from torch import Tensor, nn
@@ -240,14 +241,14 @@ def test_a_bad_batch_changes_nothing(approximation: Approximation) -> None:
 
 
 class Tokens(nn.Module):
-    """One layer sees the examples, the other every token of them as an example of its own."""
+    """One layer sees the examples, the other every token of them and one more, which are no multiple of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(4, 3), nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2])
+        hidden = self.inner(F.pad(x.flatten(0, 1), (0, 0, 0, 1)))[:-1].tanh().unflatten(0, x.shape[:2])
         return self.outer(hidden.mean(1))
 
 
