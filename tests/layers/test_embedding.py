@@ -80,8 +80,8 @@ def recorded(
     engine = Engine(model, Labels(Gaussian(), "empirical", targets=y))
     engine.armed = True
     model(*args, **kwargs)
-    engine.close()
     (record,) = engine.everything()
+    engine.close()
     return record, engine.layers
 
 
@@ -267,9 +267,7 @@ def test_settings_that_are_not_linear_are_left_out_with_the_reason() -> None:
         "Embedding": {
             "inner.weight": "used by embedding with scale_grad_by_freq: not the gradient of the loss: no rule"
         },
-        "EmbeddingBag": {
-            "inner.weight": "used by embedding_bag: mode 'max' is not linear in the weight: no rule"
-        },
+        "EmbeddingBag": {"inner.weight": "used by embedding_bag: mode 'max' is not linear in the weight: no rule"},
     }
 
 

@@ -95,8 +95,8 @@ def seen(name: str) -> tuple[list[tuple[Layer, Capture]], list[Tensor]]:
     engine = Engine(model, Labels(Gaussian(), "empirical", targets=y), only_training=False, wide=kind.wide)
     engine.armed = True
     output = model(x)
-    engine.close()
     (record,) = engine.everything()
+    engine.close()
     losses = [0.5 * each.square().sum() for each in output - y]
     return [(layer, capture) for layer in engine.layers.values() for capture in record.captures(layer)], losses
 

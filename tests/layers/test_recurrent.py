@@ -183,7 +183,9 @@ def test_packed_sequences_capture_every_example_at_the_steps_that_it_has(
         model.zero_grad()
         record, output, layers = record_of(model, x, target)
         assert_equal(output, model(x).detach(), 1e-14)
-        expected = blocks_by_hand(by_a_loop(model, x, torch.zeros_like(y) if target is None else y), slices_of(model.rnn))
+        expected = blocks_by_hand(
+            by_a_loop(model, x, torch.zeros_like(y) if target is None else y), slices_of(model.rnn)
+        )
         assert sorted(layers) == sorted(expected)
         for name, layer in layers.items():
             (capture,) = record.captures(layer)

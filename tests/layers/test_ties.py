@@ -60,8 +60,8 @@ def recorded(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Record, Coverage]:
     engine = Engine(model, Labels(Gaussian(), "empirical", targets=y))
     engine.armed = True
     model(x)
-    engine.close()
     (record,) = engine.everything()
+    engine.close()
     return record, engine.inventory.coverage()
 
 
@@ -368,8 +368,8 @@ def trained(model: nn.Module, x: Tensor, y: Tensor) -> None:
     engine = Engine(model)
     engine.armed = True
     half_square(model(x), y).backward()
-    engine.close()
     (record,) = engine.everything()
+    engine.close()
     for layer in engine.layers.values():
         (seen,) = record.captures(layer)
         total = layer.unpack(sum(DW.sum(0) for DW in seen.weight_gradients()) + torch.zeros(layer.shape))

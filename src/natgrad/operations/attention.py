@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -22,6 +23,9 @@ def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any)
 
     A packed projection is one product, read as those of q, k and v.
     """
+    query = watch.data(query)
+    args = tuple(watch.data(x) for x in args)
+    kwargs = {name: watch.data(x) for name, x in kwargs.items()}
     n = query.shape[1] if query.ndim == 3 else 1
     if query.ndim == 3:
         watch.batches.append((n, 1 if query.stride(0) >= query.stride(1) else 0))
@@ -42,7 +46,11 @@ def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any)
             watch.saw(LINEAR, w[rows], bias, _first(x, n), y, read, part="qkv"[start + k], first=True)
         return y
 
-    return _with(linear, F.multi_head_attention_forward)(query, *args, **kwargs)
+    y = _with(linear, F.multi_head_attention_forward)(query, *args, **kwargs)
+    given = inspect.signature(func).bind(query, *args, **kwargs).arguments
+    for name in ("query", "key", "value", "bias_k", "bias_v"):
+        watch.stray(given.get(name), f"{func.__name__} as {name}", y[0])
+    return y
 
 
 def _first(x: Tensor, n: int) -> Tensor:

@@ -25,6 +25,7 @@ def convolve(
     groups: int = 1,
 ) -> Tensor:
     """The convolution of patches; whatever padding stands before it is an operation of its own."""
+    input = watch.data(input)
     if watch.operand(input) is not None:
         return watch.unread(func, input, weight, bias, stride, padding, dilation, groups)
     kernel = tuple(weight.shape[2:])
@@ -52,6 +53,7 @@ def convolve_transposed(
     dilation: Any = 1,
 ) -> Tensor:
     """The transposed convolution."""
+    input = watch.data(input)
     if watch.operand(input) is not None:
         return watch.unread(func, input, weight, bias, stride, padding, output_padding, groups, dilation)
     kernel = tuple(weight.shape[2:])

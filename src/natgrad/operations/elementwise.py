@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from natgrad.operations.watch import Watch
 @rule(*spelled("mul", "multiply"))
 def multiply(watch: Watch, func: Any, input: Any, other: Any, **kwargs: Any) -> Tensor:
     """w x, w being repeated along some dimensions of x."""
+    input, other = apart(watch, input, other)
     y = func(input, other, **kwargs)
     _multiplied(watch, func, input, other, None, y)
     return y
@@ -36,10 +38,13 @@ def multiply_in_place(watch: Watch, func: Any, input: Tensor, other: Any) -> Ten
 @rule(*spelled("add", "add_", "sub", "sub_", "subtract", "__rsub__"))
 def add(watch: Watch, func: Any, input: Any, other: Any, *, alpha: float = 1, **kwargs: Any) -> Tensor:
     """x + w, w being repeated along some dimensions of x."""
+    input, other = apart(watch, input, other)
     operands = watch.operand(input), watch.operand(other)
     y = func(input, other, alpha=alpha, **kwargs) if alpha != 1 else func(input, other, **kwargs)
     name = func.__name__
-    signs = (1.0, -alpha) if name in ("sub", "sub_", "subtract") else (-1.0, 1.0) if name == "__rsub__" else (1.0, alpha)
+    signs = (
+        (1.0, -alpha) if name in ("sub", "sub_", "subtract") else (-1.0, 1.0) if name == "__rsub__" else (1.0, alpha)
+    )
     for operand, x, rest, sign in zip(operands, (input, other), (other, input), signs, strict=True):
         if operand is None or y is x:
             continue
@@ -49,6 +54,17 @@ def add(watch: Watch, func: Any, input: Any, other: Any, *, alpha: float = 1, **
             watch.stray(x, "a sum of parameters", y)
         elif not watch.added(x, y, "add", sign):
             watch.stray(x, name, y)
+    return y
+
+
+@rule(torch.Tensor.repeat)
+def repeat(watch: Watch, func: Any, input: Tensor, *sizes: Any, **kwargs: Any) -> Tensor:
+    """w, repeated along dimensions of size 1."""
+    y, operand = func(input, *sizes, **kwargs), watch.operand(input)
+    lead = (1,) * (y.ndim - input.ndim) + tuple(input.shape)
+    fits = operand is not None and all(n in (1, size) for n, size in zip(lead, y.shape, strict=True))
+    if not (fits and watch.added(input, y, "repeat")):
+        watch.stray(input, "repeat", y)
     return y
 
 
@@ -75,7 +91,9 @@ def divide(watch: Watch, func: Any, input: Any, other: Any, **kwargs: Any) -> Te
 @rule(*spelled("prelu"))
 def prelu(watch: Watch, func: Any, input: Tensor, weight: Tensor) -> Tensor:
     """max(x, 0) + w min(x, 0), w having one entry, or one for every channel, the second dimension."""
+    input = watch.data(input)
     y, operand = func(input, weight), watch.operand(weight)
+    watch.stray(input, "prelu", y)
     if operand is not None:
         spread = [1] * input.ndim
         if weight.numel() > 1:
@@ -83,6 +101,14 @@ def prelu(watch: Watch, func: Any, input: Tensor, weight: Tensor) -> Tensor:
         view = View(*_aligned(operand.view, tuple(weight.view(spread).shape)), operand.view.offset)
         scaled(watch, replace(operand, view=view), input.detach().clamp(max=0), y, "prelu")
     return y
+
+
+def apart(watch: Watch, one: Any, other: Any) -> tuple[Any, Any]:
+    """Two operands, of which one is data to the other if it is a parameter that is repeated."""
+    if watch.operand(one) is not None and watch.operand(other) is not None:
+        read = watch.data(one)
+        return (read, other) if read is not one else (one, watch.data(other))
+    return one, other
 
 
 # Norms.
@@ -99,9 +125,10 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """gamma z + beta of the input z as normalised at every position."""
-    shape = tuple(normalized_shape)
+    shape, input = tuple(normalized_shape), watch.data(input)
     y = func(input, shape, weight, bias, eps)
     _last(watch, weight, bias, lambda: func(input.detach(), shape, None, None, eps), y, len(shape), "layer_norm")
+    watch.stray(input, "layer_norm", y)
     return y
 
 
@@ -115,9 +142,10 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """gamma z of the input z as normalised at every position."""
-    shape = tuple(normalized_shape)
+    shape, input = tuple(normalized_shape), watch.data(input)
     y = func(input, shape, weight, eps)
     _last(watch, weight, None, lambda: func(input.detach(), shape, None, eps), y, len(shape), "rms_norm")
+    watch.stray(input, "rms_norm", y)
     return y
 
 
@@ -132,8 +160,10 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """gamma z + beta of the input z as normalised over groups of channels of each example."""
+    input = watch.data(input)
     y = func(input, num_groups, weight, bias, eps)
     _channels(watch, weight, bias, lambda: func(input.detach(), num_groups, None, None, eps), y, "group_norm")
+    watch.stray(input, "group_norm", y)
     return y
 
 
@@ -152,9 +182,13 @@ def batch_norm(
 ) -> Tensor:
     """gamma z + beta; the statistics are those of the whole batch, and their dependence on an example is left out, as
     in every Fisher of a network with them."""
+    input = watch.data(input)
     y = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     known = (None, None) if training else (running_mean, running_var)
-    _channels(watch, weight, bias, lambda: func(input.detach(), *known, None, None, training, 0.0, eps), y, "batch_norm")
+    _channels(
+        watch, weight, bias, lambda: func(input.detach(), *known, None, None, training, 0.0, eps), y, "batch_norm"
+    )
+    watch.stray(input, "batch_norm", y)
     return y
 
 
@@ -172,12 +206,14 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """gamma z + beta by the statistics of each example, or running ones."""
+    input = watch.data(input)
     y = func(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     known = (None, None) if use_input_stats else (running_mean, running_var)
     _channels(
         watch, weight, bias, lambda: func(input.detach(), *known, None, None, use_input_stats, 0.0, eps), y,
         "instance_norm",
     )  # fmt: skip
+    watch.stray(input, "instance_norm", y)
     return y
 
 
@@ -235,7 +271,9 @@ def _last(
     _norm(watch, weight, bias, flat(normalised()), y, flat, operation, dims)
 
 
-def _channels(watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], y: Tensor, operation: str) -> None:
+def _channels(
+    watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], y: Tensor, operation: str
+) -> None:
     """A norm whose features are the second dimension."""
     if watch.operand(weight) is None and watch.operand(bias) is None:
         return
@@ -247,7 +285,14 @@ def _channels(watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Ten
 
 
 def _norm(
-    watch: Watch, weight: Any, bias: Any, z: Tensor, y: Tensor, read: Callable[[Tensor], Tensor], operation: str, dims: int
+    watch: Watch,
+    weight: Any,
+    bias: Any,
+    z: Tensor,
+    y: Tensor,
+    read: Callable[[Tensor], Tensor],
+    operation: str,
+    dims: int,
 ) -> None:
     """Every feature is a group with the block [gamma | beta]."""
     form = Product(groups=tuple(range(dims)), outs=(), ins=())

@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.layers.product import LINEAR, Product
 from natgrad.layers.view import View
 from natgrad.operations.call import Operand
+from natgrad.operations.elementwise import apart
 from natgrad.operations.registry import rule, spelled
 from natgrad.operations.watch import Watch
 
@@ -23,6 +24,7 @@ WIDEST = 4096
 @rule(F.linear)
 def linear(watch: Watch, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b."""
+    input = watch.data(input)
     if weight.ndim != 2 or watch.operand(input) is not None:
         return watch.unread(func, input, weight, bias)
     return watch.product(LINEAR, weight, bias, input, lambda w, b: func(input, w, b))
@@ -31,6 +33,7 @@ def linear(watch: Watch, func: Any, input: Tensor, weight: Tensor, bias: Tensor 
 @rule(*spelled("matmul", "mm", "bmm", "mv", "__rmatmul__"))
 def matmul(watch: Watch, func: Any, input: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
     """x @ W or W @ x: the last two dimensions are multiplied and those before broadcast."""
+    input, other = apart(watch, input, other)
     y = func(input, other, **kwargs)
     turned = getattr(func, "__name__", "") == "__rmatmul__"
     _factors(watch, y, *((other, input) if turned else (input, other)))
@@ -72,6 +75,7 @@ def bilinear(
     watch: Watch, func: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """x1^T W x2 + b: the input is the outer product of the two, up to a width of :data:`WIDEST`."""
+    input1, input2 = watch.data(input1), watch.data(input2)
     width = input1.shape[-1] * input2.shape[-1]
     if watch.operand(weight) is None or width > WIDEST:
         name = f"bilinear of {input1.shape[-1]} x {input2.shape[-1]} = {width} inputs, more than {WIDEST}"
@@ -110,9 +114,7 @@ def contract(
         return z.reshape(*lead, *middle, math.prod(z.shape[len(spots) + len(groups) :]))
 
     version = x._version
-    watch.saw(
-        form, weight, bias, flat(inputs, of_x, ins), y, lambda g: flat(g, of_y, outs), operation, version=version
-    )
+    watch.saw(form, weight, bias, flat(inputs, of_x, ins), y, lambda g: flat(g, of_y, outs), operation, version=version)
 
 
 def _factors(watch: Watch, y: Tensor, left: Tensor, right: Tensor, bias: Any = None, factor: float = 1.0) -> None:

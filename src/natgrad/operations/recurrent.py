@@ -74,6 +74,7 @@ def unrolled(watch: Watch, func: Any, x: Tensor, *args: Any) -> States:
     sizes, (hx, weights, biased, layers, dropout, training, bidirectional, *rest) = (
         (args[0], args[1:]) if packed else (None, args)
     )
+    x = watch.data(x)
     if not any(watch.operand(w) for w in weights):
         return func(x, *args)
     batch_first = bool(rest and rest[0])
@@ -112,11 +113,13 @@ class _Scan:
 
     def __init__(self, watch: Watch, func: Any, biased: bool, kept: Tensor | None) -> None:
         self._watch, self._cell, self._biased, self._kept = watch, _SCANS[func], biased, kept
-        self._told: dict[str, Any] = {"operation": func.__name__, "kept": None if kept is None else kept.mT, "first": True}
+        self._told: dict[str, Any] = {
+            "operation": func.__name__,
+            "kept": None if kept is None else kept.mT,
+            "first": True,
+        }
 
-    def __call__(
-        self, x: Tensor, states: States, weights: Sequence[Tensor], backwards: bool
-    ) -> tuple[Tensor, States]:
+    def __call__(self, x: Tensor, states: States, weights: Sequence[Tensor], backwards: bool) -> tuple[Tensor, States]:
         """x (t, n, in): the outputs (t, n, H), and the last states."""
         w_ih, w_hh, *rest = weights
         b_ih, b_hh = rest[:2] if self._biased else (None, None)

@@ -29,7 +29,9 @@ RULES: dict[Any, Rule] = {}
 class Watch(TorchFunctionMode):
     """While active, sees the operations that take one of ``parameters``, or a view, cast or multiple of one.
 
-    ``parameters`` may map tensors that stand for them, such as fake ones, to parameters.
+    ``parameters`` may map tensors that stand for them, such as fake ones, to parameters. Of ``inputs``, which a user may
+    overwrite, copies are kept.
+
     ``calls`` are the uses that a rule has read; ``strays`` the outputs of other operations, with the parameter and the
     name of the operation. Nothing is computed otherwise than torch would, but for recurrences, whose fused kernels
     become products: equal to rounding, with the same random numbers (cuDNN's dropout between layers has its own).
@@ -39,22 +41,26 @@ class Watch(TorchFunctionMode):
         self,
         parameters: Iterable[nn.Parameter] | Mapping[Tensor, nn.Parameter],
         noted: Callable[[Call, Tensor], None] | None = None,
-        abandoned: Callable[[], None] | None = None,
+        inputs: Iterable[Any] = (),
     ) -> None:
         super().__init__()
-        self._noted, self._abandoned = noted, abandoned
+        self._noted = noted
+        self._fragile = {memory for x in inputs if (memory := _memory(x)) is not None}
         self.calls: list[Call] = []
         self.strays: list[tuple[nn.Parameter, str, Tensor | None]] = []
         self.batches: list[tuple[int, int]] = []  # numbers of examples that operations know of, and their dimension
         pairs = parameters.items() if isinstance(parameters, Mapping) else ((p, p) for p in parameters)
         self._parameters = {id(x): p for x, p in pairs}
         self._aliases: dict[int, tuple[Tensor, Operand]] = {}
+        self._data: dict[int, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """``func``, by its rule where it has one."""
         kwargs = kwargs or {}
+        if torch.is_grad_enabled() and getattr(func, "__name__", "") not in _OF_TENSORS:
+            args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
         rule = RULES.get(func)
         if rule is not None and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
             return rule(self, func, *args, **kwargs)
@@ -69,7 +75,7 @@ class Watch(TorchFunctionMode):
         """What ``x`` is of a parameter; ``None`` for all else."""
         if isinstance(x, Operand):
             return x
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or id(x) in self._data:
             return None
         parameter = self._parameters.get(id(x))
         if parameter is not None:
@@ -83,6 +89,24 @@ class Watch(TorchFunctionMode):
             return None
         view = found.view.within(x, base)
         return None if view is None else Operand(found.parameter, view, found.factor)
+
+    def data(self, x: Any) -> Any:
+        """What an operation reads as data: ``x``; a parameter that is repeated there is a use in itself."""
+        operand = self.operand(x)
+        if operand is None or not _repeats(operand):
+            return x
+        read = x.view_as(x)
+        if self.added(x, read, "expand"):
+            self._data[id(read)] = read
+        return read
+
+    def _alone(self, x: Any) -> Any:
+        """A repeated parameter as a view of its own for every operation that reads it, which tells their gradients
+        apart."""
+        if not isinstance(x, Tensor) or x._base is None or 0 not in x.stride() or id(x) in self._data:
+            return x
+        operand = self.operand(x)
+        return x if operand is None or not _repeats(operand) else x.view_as(x)
 
     def __enter__(self) -> Watch:
         """See operations from now on."""
@@ -129,7 +153,15 @@ class Watch(TorchFunctionMode):
         used = used if used is not None and used.trained else None
         if not y.requires_grad or (used is None and (added is None or not added.trained)):
             return
+        if x.is_nested:
+            self.stray(weight, f"{operation} of nested tensors", y)
+            self.stray(bias, f"{operation} of nested tensors", y)
+            return
         read = read or _same
+        if x.layout != torch.strided:
+            x = x.to_dense()
+        if self._fragile and _memory(x) in self._fragile:
+            x, version = x.detach().clone(), 0
         version = x._version if version is None else version
         spread = form.features(read(y.detach())).shape[:-1] if added else None
         edge, known = get_gradient_edge(y), used or added
@@ -182,9 +214,7 @@ class Watch(TorchFunctionMode):
 
     def _repeated(self, x: Tensor, operand: Operand) -> bool:
         """Whether x is a parameter that an example has one of each: it is then a use in itself, added to nothing."""
-        if not any(step == 0 and n > 1 for n, step in zip(operand.view.size, operand.view.stride, strict=True)):
-            return False
-        return self.added(x, x, "expand")
+        return _repeats(operand) and self.added(x, x, "expand")
 
     def added(self, x: Any, y: Tensor, operation: str, sign: float = 1.0) -> bool:
         """Note that y is the sum of a parameter x, repeated along some dimensions, and something else; or is x itself.
@@ -243,6 +273,28 @@ _COPIES = {
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous", "clone"
 }  # fmt: skip
 """Operations whose result has the entries of what they are given, in memory of its own."""
+
+
+_OF_TENSORS = {"__get__", "__set__", "register_hook", "retain_grad", "requires_grad_"}
+"""What is asked of a tensor itself, which no view of it can answer."""
+
+
+def _repeats(operand: Operand) -> bool:
+    return any(step == 0 and n > 1 for n, step in zip(operand.view.size, operand.view.stride, strict=True))
+
+
+def _map(function: Callable[[Any], Any], values: Any) -> Any:
+    """The values, and those in lists and tuples of them, changed by a function."""
+    if isinstance(values, (list, tuple)) and type(values) in (list, tuple):
+        return type(values)(_map(function, value) for value in values)
+    return function(values)
+
+
+def _memory(x: Any) -> int | None:
+    """Where the entries of a tensor are, if it has a memory of its own."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        return None
+    return x.untyped_storage().data_ptr()
 
 
 def _same(y: Tensor) -> Tensor:
