@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as checkpoints
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 _REENTRANT = checkpoints.CheckpointFunction
+_GENERATOR: Callable[..., Any] = checkpoints._checkpoint_without_reentrant_generator
 _open: list[ExitStack] = []  # of all engines, whose passes may overlap in any order
 _before = ExitStack()  # restores what was before the first of them
 _FULLGRAPH = "a pass that NaturalGradient observes runs uncompiled: leave out fullgraph=True"
@@ -79,12 +81,27 @@ def _close(opened: ExitStack) -> None:
 
 @contextmanager
 def _one_kind_of_checkpoint() -> Iterator[None]:
-    before = checkpoints.CheckpointFunction
-    vars(checkpoints)["CheckpointFunction"] = _Plain
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    before = {name: vars(checkpoints)[name] for name in names}
+    vars(checkpoints).update(zip(names, (_Plain, _repeated), strict=True))
     try:
         yield
     finally:
-        vars(checkpoints)["CheckpointFunction"] = before
+        vars(checkpoints).update(before)
+
+
+def _repeated(function: Callable[..., Any], *settings: Any, **named: Any) -> Any:
+    """What a checkpoint does before and after ``function``, which is computed again as it was: by the rules of the modes
+    that are active now, whose kernels keep tensors of their own."""
+    modes = [mode for mode in _get_current_function_mode_stack() if hasattr(mode, "again")]
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with _one_kind_of_checkpoint(), ExitStack() as opened:
+            for mode in modes:
+                opened.enter_context(mode.again())
+            return function(*args, **kwargs)
+
+    return _GENERATOR(again, *settings, **named)
 
 
 class _Plain:

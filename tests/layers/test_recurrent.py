@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from natgrad import Categorical, Gaussian, NaturalGradient
+from natgrad.labels import Labels
 from oracles import assert_equal
 
 IN, H, N, T = 3, 4, 4, 5
@@ -250,6 +251,39 @@ def test_a_checkpointed_recurrence_repeats_what_was_recorded() -> None:
             (mine,), (theirs,) = one.captures(layer), other.captures(others[name])
             assert torch.equal(mine.a, theirs.a)
             assert_equal(theirs.g, mine.g)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_the_users_gradients_through_a_checkpointed_recurrence_are_those_without_an_engine(
+    likelihood: bool, use_reentrant: bool
+) -> None:
+    """What is computed again in the backward pass is what was computed before: checkpoints match tensors by order."""
+
+    class Saved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (Read(nn.LSTM(IN, IN, batch_first=True)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.both, x.clone().requires_grad_(), use_reentrant=use_reentrant)
+
+        def both(self, x: Tensor) -> Tensor:
+            inner = checkpoint(self.first, x, use_reentrant=use_reentrant)
+            return torch.cat([self.second(inner[:, : T * IN].view(-1, T, IN)), inner], 1)
+
+    model, x = Saved(), torch.randn(N, T, IN)
+    gradients = []
+    for watched in (False, True):
+        model.zero_grad()
+        labels = Labels(Gaussian(), "exact") if likelihood else None
+        with armed(model, labels) as engine:
+            engine.armed = watched
+            model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == 8
+    for found, expected in zip(*gradients, strict=True):
+        assert_equal(found, expected, 1e-12)
 
 
 # Cells, which are called at every step.

@@ -32,7 +32,6 @@ def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any)
     width = query.shape[-1]
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        parts = "qkv"[-(len(w) // width) :] if w._base is not None or len(w) > width else ""
         y = F.linear(x, w, b)
         whole = watch.operand(w)
         if whole is None or whole.view.size[0] == whole.parameter.shape[0] == width:

@@ -1,4 +1,4 @@
-"""Rules of products: linear, matmul and its kin, einsum, bilinear. A product is known by the labels of its dimensions."""
+"""Rules of products: linear, matmul and its kin, einsum, bilinear, by the labels of their dimensions."""
 
 from __future__ import annotations
 

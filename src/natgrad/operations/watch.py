@@ -53,6 +53,7 @@ class Watch(TorchFunctionMode):
         self._parameters = {id(x): p for x, p in pairs}
         self._aliases: dict[int, tuple[Tensor, Operand]] = {}
         self._data: dict[int, Tensor] = {}
+        self._silent = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,6 +109,12 @@ class Watch(TorchFunctionMode):
         operand = self.operand(x)
         return x if operand is None or not _repeats(operand) else x.view_as(x)
 
+    def again(self) -> Watch:
+        """A watch of the same parameters that notes nothing: it has a pass that is repeated compute what it did."""
+        watch = Watch(())
+        watch._parameters, watch._silent = self._parameters, True
+        return watch
+
     def __enter__(self) -> Watch:
         """See operations from now on."""
         _ACTIVE.append(self)
@@ -151,7 +158,7 @@ class Watch(TorchFunctionMode):
         """Note that y is such an operation at x; ``read`` brings y into the form (positions..., *outer)."""
         used, added = self.operand(weight), self.operand(bias)
         used = used if used is not None and used.trained else None
-        if not y.requires_grad or (used is None and (added is None or not added.trained)):
+        if self._silent or not y.requires_grad or (used is None and (added is None or not added.trained)):
             return
         if x.is_nested:
             self.stray(weight, f"{operation} of nested tensors", y)
