@@ -9,8 +9,6 @@ if it fills the ``.grad`` of the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize, ref
@@ -21,7 +19,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from natgrad.capture import Examples
-from natgrad.hooks import Hook, as_written, out_of_graph, quiet, sending
+from natgrad.calls import release_calls, watch_calls
+from natgrad.hooks import as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
 from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
 from natgrad.operations import Call, Operand, Watch
@@ -59,14 +58,14 @@ class Engine:
         self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
         self._taps: list[Any] = []
-        self._pass: _Pass | None = None
+        self._methods, self._running = tuple(calls), False
         self._outside = False  # whether a pass of this step was made outside of a backward pass
-        self._begin_pass, self._end_pass = out_of_graph(self._begin), out_of_graph(self._end)
-        self._handles = [
-            model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
-            model.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
-        ]
-        self._methods = {name: self._watched(name) for name in calls}
+        self.around = out_of_graph(self._around)
+        self.attach()
+
+    def attach(self) -> None:
+        """See the calls of the model, also if it has been compiled since."""
+        watch_calls(self._model, self, self._methods)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -78,13 +77,9 @@ class Engine:
         finalize(owner, _close, ref(self)).atexit = False
 
     def close(self) -> None:
-        """Take all hooks off the model."""
-        self._abandon()
-        for handle in [*self._handles, *self._taps]:
-            handle.remove()
-        for name in self._methods:
-            vars(self._model).pop(name, None)
-        self._taps = []
+        """Leave the model as it was."""
+        release_calls(self._model, self)
+        self._forget()
 
     def begin(self) -> None:
         """Count the examples of a step from the next forward pass on."""
@@ -102,6 +97,7 @@ class Engine:
         """The records of passes whose backward pass filled gradients; these and all others are then forgotten."""
         records = [record for record in self._records if record.tasks & self._filled.keys()]
         for record in records:
+            record.check()
             record.settle(self._filled)
         self._forget()
         return records
@@ -127,33 +123,32 @@ class Engine:
 
     # A pass.
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.armed and self._training:
-            self._begin_pass(args, kwargs)
-
-    def _leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._pass is not None:
-            self._end_pass(args, kwargs, output)
-
-    @property
-    def _training(self) -> bool:
-        return torch.is_grad_enabled() and (self._model.training or not self._only_training)
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._abandon()  # a pass that was interrupted
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform of torch.func is at work
-            return
-        inside = torch._C._current_graph_task_id() != -1
-        if inside and self._outside:  # an activation checkpoint computes again what has been watched
-            return
-        self._outside = not inside
-        plain = as_written()
+    def _around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pass, recorded if it is one to record."""
+        if self._running or not self._wanted():
+            return call(*args, **kwargs)
+        self._outside = torch._C._current_graph_task_id() == -1
         record = Record(which=self._which)
-        watch = Watch(self.inventory.watched, self._noting(record), self._abandon)
-        self._pass = _Pass(record, watch)
-        self._pass.open.enter_context(plain)
-        self._pass.open.enter_context(quiet(self._model))
-        self._pass.open.enter_context(watch)
+        with as_written():
+            leaves = tree_leaves((args, kwargs))
+            watch = Watch(self.inventory.watched, self._noting(record), () if self._lasting else leaves)
+            self._running = True
+            try:
+                with quiet(self._model), watch:
+                    output = call(*args, **kwargs)
+            finally:
+                self._running = False
+            if watch.calls or watch.strays:
+                self._finish(record, watch, args, kwargs, output)
+        return output
+
+    def _wanted(self) -> bool:
+        """Whether a pass that begins is one to record."""
+        training = torch.is_grad_enabled() and (self._model.training or not self._only_training)
+        if not training or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state():
+            return False
+        inside = torch._C._current_graph_task_id() != -1  # where an activation checkpoint computes again what it was
+        return not (inside and self._outside)
 
     def _noting(self, record: Record) -> Callable[[Call, Tensor], None]:
         """Without labels: take the gradients of the user's backward pass as they come by."""
@@ -178,18 +173,10 @@ class Engine:
             self._records.append(record)
         record.tasks.add(task)
 
-    def _abandon(self) -> None:
-        if self._pass is not None:
-            self._pass.open.close()
-            self._pass = None
-
-    def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        here, self._pass = self._pass, None
-        assert here is not None
-        here.open.close()
-        record, watch = here.record, here.watch
-        if output is None or not (watch.calls or watch.strays):  # the model has raised, or used no weight
-            return
+    def _finish(
+        self, record: Record, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Make a record of what was seen in a pass."""
         reached: set[int] = set()
         returned = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         leaves = tree_leaves((args, kwargs))
@@ -203,8 +190,9 @@ class Engine:
             returned = [*outputs, *returned]  # a pointer may make a new tensor
             record.rows = rows_of(self._batch_dim, leaves, outputs, watch)
             reached = self._send_back(record, watch, selected, self.labels)
+        record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
-            record.inputs, record.targets = (args, kwargs), self.labels and self.labels.targets
+            record.inputs = args, kwargs
         self._which = Examples(self._which.start + (record.rows.count or 0))
         self._sort(record, watch, reached)
         if not record.calls:
@@ -274,15 +262,6 @@ class Engine:
                 reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
-
-
-@dataclass
-class _Pass:
-    """A pass under way."""
-
-    record: Record
-    watch: Watch
-    open: ExitStack = field(default_factory=ExitStack)
 
 
 def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:

@@ -129,10 +129,15 @@ class Record:
         """The number of loss terms, of the first n examples."""
         return self.terms[:n].sum() if isinstance(self.terms, Tensor) else self.terms * (n or self.examples())
 
-    def changed(self) -> list[str]:
-        """The operations whose input has been overwritten since."""
-        uses = (use.call for uses in self.calls.values() for use in uses)
-        return [call.operation for call in uses if call.x._version != call.version]
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if an input has been overwritten since the pass."""
+        for name, uses in self.calls.items():
+            for call in (use.call for use in uses):
+                if call.x._version != call.version:
+                    raise RuntimeError(
+                        f"layer {name!r}: the input of its {call.operation} was changed in place after the pass, before "
+                        "step(): change a copy, or change it after step()"
+                    )
 
     def _counted(self, n: int, of: int) -> float | Tensor:
         """The number of loss terms behind n examples of a layer that saw ``of`` of them."""

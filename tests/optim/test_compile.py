@@ -132,12 +132,17 @@ def test_other_compiled_models_stay_compiled_while_a_step_observes() -> None:
 
 
 @pytest.mark.parametrize("make", [network, Written])
-def test_fullgraph_is_refused_by_name(make: Any) -> None:
-    model = make()
+def test_a_model_compiled_as_one_graph_trains_and_a_graph_around_it_is_refused_by_name(make: Any) -> None:
+    model, plain = make(), make()
     optimizer = optimizer_of(model)
     model.compile(backend="eager", fullgraph=True)
+    train(model, optimizer, BATCHES[:3])
+    train(plain, optimizer_of(plain), BATCHES[:3])
+    for found, expected in zip(values(model), values(plain), strict=True):
+        assert_equal(found, expected, 1e-10)
+    around: Any = torch.compile(lambda x: model(x), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="NaturalGradient observes"):
-        train(model, optimizer, BATCHES[:1])
+        around(BATCHES[0][0])
 
 
 def test_aot_autograd_trains_to_the_same_parameters() -> None:

@@ -25,9 +25,9 @@ from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.fallback import Watch, no_samples
 from natgrad.optim.finiteness import finiteness, norm
-from natgrad.optim.groups import adamw_settings, build_groups, extended
+from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
-from natgrad.optim.proposal import Proposal, keeping, move, remember_layer, restore_dtypes
+from natgrad.optim.proposal import Proposal, keeping, move, remember_layer, restore_dtypes, without_blanks
 from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
@@ -136,7 +136,10 @@ class NaturalGradient(torch.optim.Optimizer):
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
         self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "uses": {}}
-        self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict)
+        held = self._held()
+        self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
+        self._learnt: tuple[Any, Any] = ({}, held)
+        self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict, self._elsewhere)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now = State()
         self._report: dict[str, float] = {}
@@ -202,10 +205,10 @@ class NaturalGradient(torch.optim.Optimizer):
         return self._covered.uncovered
 
     def __repr__(self) -> str:
-        rest = "AdamW" if any(group["rule"] == "adamw" for group in self.param_groups) else "another optimizer"
-        found = self._covered
+        found, held = self._covered, self._held()
         matrices = matrices_of(self.model, found, self._wide) if self._shampoo else {}
-        return str(report(self.model, found, self._curvature.approximation, matrices, self._now, rest))
+        others = [name for name, p in self.model.named_parameters() if id(p) not in held]
+        return str(report(self.model, found, self._curvature.approximation, matrices, self._now, others))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
@@ -218,6 +221,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._engine.inventory.refresh()
         for group in extended(self.model, self.param_groups, self._engine.inventory, param_group, self.defaults, self._adamw):
             super().add_param_group(group)
+        self._expected = expected(self.model, self._engine.inventory.exclude, self._wide)
 
     # One step.
 
@@ -236,6 +240,13 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
         """
         loss = self._evaluate(closure)
+        with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
+            self._step()
+        self._clock["steps"] += 1
+        self._arm()
+        return loss
+
+    def _step(self) -> None:
         self._group_of = {id(p): group for group in self._natural for p in group["params"]}
         self._learn_layers()
         for p in self.model.parameters():
@@ -244,12 +255,9 @@ class NaturalGradient(torch.optim.Optimizer):
         proposal = self._propose(self._engine.take())
         if proposal is None:
             self._clock["skipped"] += 1
-            warnings.warn(f"step {self.steps} skipped: a gradient, an input or an output is not finite", stacklevel=2)
+            warnings.warn(f"step {self.steps} skipped: a gradient, an input or an output is not finite", stacklevel=3)
         else:
             self._apply(proposal)
-        self._clock["steps"] += 1
-        self._arm()
-        return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -286,7 +294,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
-        state = self._curvature.filled(self._now)
+        state = self._curvature.filled(self._now, self._kept)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if self._curvature.observes(self.steps):
             ready = [name for name, curvature in advanced.items() if curvature.ready]
@@ -323,17 +331,24 @@ class NaturalGradient(torch.optim.Optimizer):
             for name, curvature in proposal.curvature.items():
                 remember_layer(self._curvature.layers[name], curvature, self.state)
         self._now = proposal.curvature
+        if not self._engine.inventory.facts and not any(group["lr"] for group in self.param_groups):
+            self._foresee()
         move(proposal, self._curvature.layers, self.state, self._group_of)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 self._first_order(group["params"], group)
-        moved = self._entries(proposal.moves)
+        moved, kept = self._entries(proposal.moves), [self._curvature.layers[name] for name in proposal.moves]
+        covered = {id(p) for layer in self._covered.layers.values() for p in layer.parameters}
         for group in self._natural:
-            if group["lr"]:
-                rest = [p for p in group["params"] if moved.get(id(p), 0) < p.numel()]
-                kept = [self._curvature.layers[name] for name in proposal.moves]
-                with keeping(kept, [p for p in rest if id(p) in moved]):
-                    self._first_order(rest, adamw_settings(group, self._adamw))
+            rest = [p for p in group["params"] if moved.get(id(p), 0) < p.numel() and (group["lr"] or id(p) not in covered)]
+            with keeping(kept, [p for p in rest if id(p) in moved]):
+                self._first_order(rest, adamw_settings(group, self._adamw))
+
+    def _foresee(self) -> None:
+        """Name the state of the layers that are expected: distributed checkpoints ask for it before there is a pass."""
+        layers = self._expected.layers
+        for name, curvature in replace(self._curvature, layers=layers).filled(State()).items():
+            remember_layer(layers[name], curvature, self.state)
 
     def _first_order(self, parameters: Iterable[nn.Parameter], group: dict[str, Any]) -> None:
         """AdamW, or Shampoo for those that it is wanted for."""
@@ -356,15 +371,22 @@ class NaturalGradient(torch.optim.Optimizer):
     @property
     def _covered(self) -> Coverage:
         inventory = self._engine.inventory
-        return inventory.coverage() if inventory.facts or inventory.strays else self._expected
+        found = inventory.coverage() if inventory.facts or inventory.strays else self._expected
+        return within(found, self.model, self._held())
+
+    def _held(self) -> frozenset[int]:
+        return frozenset(id(p) for group in self.param_groups for p in group["params"])
 
     def _learn_layers(self) -> None:
         """Take over the layers that passes have shown since the last step."""
         inventory = self._engine.inventory
         inventory.add(())  # what is trained may have changed
-        if self._curvature.layers is not inventory.layers:
-            check_layers(self._curvature.approximation, inventory.layers.values())
-            self._curvature = replace(self._curvature, layers=inventory.layers)
+        (layers, groups), held = self._learnt, self._held()
+        if layers is not inventory.layers or groups != held:
+            found = self._covered.layers if inventory.layers else {}
+            check_layers(self._curvature.approximation, found.values())
+            self._learnt = inventory.layers, held
+            self._curvature = replace(self._curvature, layers=found)
             self.param_groups[0]["uses"] = inventory.saved()
 
     def _entries(self, names: Iterable[str]) -> dict[int, int]:
@@ -405,6 +427,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         samples = self.step_size.needs_samples(self._clock["memory"])
         self._engine.armed = samples or self._curvature.observes(self.steps)
+        self._engine.attach()
         self._engine.begin()
         if self._engine.labels is not None:
             self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
@@ -416,19 +439,22 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises ``ValueError`` for one of another approximation, and then changes nothing.
         """
-        before = {"state": self.state, "param_groups": self.param_groups}
+        before, uses = {"state": self.state, "param_groups": self.param_groups}, self._engine.inventory.saved()
         super().load_state_dict(state_dict)
         restore_dtypes(self.param_groups, self.state, state_dict)
-        self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
-        self._learn_layers()
-        states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
+        without_blanks(self.state)
         now = State()
-        if any("observations" in state for state in states.values()):
-            try:
+        try:
+            self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
+            self._learn_layers()
+            states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
+            if any("observations" in state for state in states.values()):
                 now = self._curvature.restored(states)
-            except ValueError:
-                self.__setstate__(before)
-                raise
+        except ValueError:
+            self.__setstate__(before)
+            self._engine.inventory.restore(uses)
+            self._learn_layers()
+            raise
         self._now, self._report = now, {}
         for name, curvature in now.items():
             remember_layer(self._curvature.layers[name], curvature, self.state)
