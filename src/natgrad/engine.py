@@ -8,6 +8,7 @@ if it fills the ``.grad`` of the weight.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -20,12 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from natgrad.capture import Examples
 from natgrad.calls import release_calls, watch_calls
-from natgrad.hooks import as_written, out_of_graph, quiet, sending
+from natgrad.hooks import Quiet, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
 from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
 from natgrad.operations import Call, Operand, Watch
 from natgrad.record import Record
 from natgrad.rows import rows_of
+
+
+Mask = str | Callable[..., Tensor | None] | None
+"""Which positions (n, t) of the examples exist: the name of an argument of the model, or a function of all of them."""
 
 
 class Engine:
@@ -46,6 +51,7 @@ class Engine:
         wide: int | None = WIDE,
         calls: Iterable[str] = (),
         batch_dim: int | None = None,
+        mask: Mask = None,
         lasting: bool = True,
     ) -> None:
         self.armed = False
@@ -53,7 +59,7 @@ class Engine:
         self.labels = labels
         self.inventory = Inventory(model, tuple(exclude), wide)
         self._model, self._only_training, self._batch_dim, self._lasting = model, only_training, batch_dim, lasting
-        self._which = Examples()
+        self._which, self._mask = Examples(), mask
         self._records: list[Record] = []  # reached by a backward pass, or needing none
         self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
@@ -151,9 +157,10 @@ class Engine:
         return not (inside and self._outside)
 
     def _noting(self, record: Record) -> Callable[[Call, Tensor], None]:
-        """Without labels: take the gradients of the user's backward pass as they come by."""
+        """Without labels, take the gradients of the user's backward pass as they come by; with them, see that it comes."""
         if self.labels is not None:
-            return lambda call, y: None
+            alive = Quiet(partial(self._alive, record))
+            return lambda call, y: y.register_hook(alive)
 
         def note(call: Call, y: Tensor) -> None:
             by_task = record.collect(call)
@@ -177,8 +184,8 @@ class Engine:
         self, record: Record, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Make a record of what was seen in a pass."""
+        record.mask = self._exists(args, kwargs)
         reached: set[int] = set()
-        returned = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         leaves = tree_leaves((args, kwargs))
         if self.labels is None:
             record.rows = rows_of(self._batch_dim, leaves, None, watch)
@@ -187,7 +194,6 @@ class Engine:
                 self.labels.targets = self.labels.source(*args, **kwargs)
             selected = self.labels.select(output)
             outputs = selected if isinstance(selected, tuple) else (selected,)
-            returned = [*outputs, *returned]  # a pointer may make a new tensor
             record.rows = rows_of(self._batch_dim, leaves, outputs, watch)
             reached = self._send_back(record, watch, selected, self.labels)
         record.targets = None if self.labels is None else self.labels.targets
@@ -199,12 +205,22 @@ class Engine:
             return
         self._tap()
         (self._records.append if self._lasting else self._waiting.add)(record)
-        for tensor in {id(x): x for x in returned}.values():
-            if tensor.grad_fn is not None:  # a parameter would keep the hook for ever
-                tensor.register_hook(partial(self._alive, record))
 
     def _alive(self, record: Record, gradient: Tensor) -> None:
         self._reached(record, torch._C._current_graph_task_id())
+
+    def _exists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask of a pass, as booleans (n, t)."""
+        if callable(self._mask):
+            found = self._mask(*args, **kwargs)
+        elif self._mask is None:
+            return None
+        else:
+            names = inspect.signature(self._model.forward).bind(*args, **kwargs).arguments
+            found = names.get(self._mask, names.get("kwargs", {}).get(self._mask))
+        if found is not None and (not isinstance(found, Tensor) or found.ndim != 2):
+            raise ValueError(f"mask must lead to a tensor (n, t), got {type(found).__name__}")
+        return None if found is None else found != 0
 
     def _tap(self) -> None:
         """Note which backward passes fill gradients."""
@@ -245,10 +261,12 @@ class Engine:
         reached: set[int] = set()
         with torch.autocast(plain[0].device.type, enabled=False), sending():  # of the loss, which a user may write
             labels.targets = rows.targets(labels.targets, plain[0])
-            record.terms = rows.by_example(labels.terms(whole))
+            record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
             mixed = rows.each > 1 or not all(rows.matches(call.sizes) for call in watch.calls)
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
+                if record.mask is not None and _masks(record.mask, whole):
+                    seeds = (rows.turned(_masked(rows.turned(seeds[0]), record.mask)),)
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]
                 gradients = torch.autograd.grad(
                     [outputs[k] for k in tracked],
@@ -262,6 +280,23 @@ class Engine:
                 reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
+
+
+def _masks(mask: Tensor, output: Any) -> bool:
+    """Whether the positions of a mask are those of an output (n, t, ...)."""
+    return isinstance(output, Tensor) and output.ndim > 2 and output.shape[:2] == mask.shape
+
+
+def _masked(seed: Tensor, mask: Tensor) -> Tensor:
+    return seed * mask.view(*mask.shape, *(1,) * (seed.ndim - 2)).to(seed.dtype)
+
+
+def _existing(terms: Tensor | float, mask: Tensor | None, output: Any) -> Tensor | float:
+    """The weights of loss terms, 0 at positions that do not exist."""
+    if mask is None or not _masks(mask, output):
+        return terms
+    weights = mask.to(output.dtype)
+    return weights * (terms if isinstance(terms, Tensor) else terms / mask.shape[1])
 
 
 def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:

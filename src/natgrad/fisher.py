@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from natgrad.capture import Capture
-from natgrad.engine import Engine
+from natgrad.engine import Engine, Mask
 from natgrad.fishers import Approximation, Coupled, Stats, check_layers, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import WIDE, Layer, check_wide, expected
 from natgrad.likelihoods import Objective
 from natgrad.matrix import Blocks, Grouped, Matrix
-from natgrad.record import Sharing
+from natgrad.record import Record, Sharing
 
 
 @torch.no_grad()
@@ -31,6 +31,8 @@ def fisher(
     weight_sharing: Sharing = "expand",
     seed: int = 0,
     wide: int | None = WIDE,
+    mask: Mask = None,
+    batch_dim: int | None = None,
 ) -> Blocks:
     """F = 1/count sum_n E_y[vec(DW_n) vec(DW_n)^T] of every covered layer, under ``approximation``.
 
@@ -51,6 +53,11 @@ def fisher(
         wide: sides of more inputs or outputs are diagonal, ``None`` for none; embeddings have a diagonal side always.
             Where the approximation cannot have one, KFAC stands in (:meth:`~natgrad.Approximation.sided`).
 
+        mask: which positions (n, t) of the examples exist: the name of an argument of the model, such as
+            ``"attention_mask"``, or a function of all of them. Others count nowhere.
+        batch_dim: the dimension of the examples in the first tensor that the model is given, ``None`` to find out by
+            sizes, and by what attention and recurrences know.
+
     Returns:
         A mapping from layer name, as in ``named_modules``, to :class:`~natgrad.matrix.Matrix`, whose ``dense()`` is the
         (out (in+1)) square matrix, weights row by row with the bias as the last column.
@@ -66,7 +73,9 @@ def fisher(
     labels = Labels(likelihood, estimator, draws)
     if approximation.corrects and isinstance(batches, Iterator):
         batches = list(batches)
-    with evaluating(model), closing(Engine(model, labels, only_training=False, wide=wide)) as engine:
+    with evaluating(model), closing(
+        Engine(model, labels, only_training=False, wide=wide, mask=mask, batch_dim=batch_dim)
+    ) as engine:
         matrices = _estimate(engine, model, approximation, batches, weight_sharing, seed)
     return Blocks({name: Grouped(M) if len(M.shape) == 3 else M for name, M in matrices.items()})
 
@@ -117,9 +126,14 @@ def passes(
     sharing: Sharing,
     seed: int,
 ) -> Iterator[tuple[Layer, list[Capture]]]:
-    """Run the model over the data, and yield what each layer saw of each batch; the same random labels at each pass."""
+    """Run the model over the data, and yield what each layer saw of each batch; the same random labels at each pass.
+
+    A batch that does not reach a layer counts there with gradients of zero.
+    """
     assert engine.labels is not None
     engine.labels.reseed(seed)
+    earlier: list[Record] = []  # of batches, without what their layers saw
+    known: set[str] = set()
     for inputs, targets in batches:
         engine.labels.targets = targets
         engine.armed = True
@@ -128,9 +142,10 @@ def passes(
         engine.armed = False
         for record in engine.everything():
             for layer in engine.layers.values():
-                seen = list(record.captures(layer, sharing))
-                if seen:
-                    yield layer, seen
+                missed = [] if layer.name in known else [batch.absent(layer) for batch in earlier]
+                known.add(layer.name)
+                yield layer, missed + (list(record.captures(layer, sharing)) or [record.absent(layer)])
+            earlier.append(Record(rows=record.rows, terms=record.terms, which=record.which))
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

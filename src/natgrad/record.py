@@ -27,6 +27,7 @@ class Use:
     call: Call
     swapped: bool
     rows: Rows
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Bring the examples to the front."""
@@ -48,7 +49,9 @@ class Use:
     @property
     def kept(self) -> Tensor | None:
         """The positions (n, t) that exist, where not all do."""
-        return None if self.call.kept is None else self.how(self.call.kept).flatten(1)
+        if self.call.kept is not None:
+            return self.how(self.call.kept).flatten(1)
+        return self.mask if self.mask is not None and self.mask.shape == self.how.positions else None
 
 
 @dataclass(eq=False)
@@ -56,8 +59,9 @@ class Record:
     """One forward pass: the uses of every layer, and its loss terms.
 
     ``terms``: weights (n, terms) of the loss terms, or the number of terms of one example. ``scale``: what the recorded
-    gradients must be multiplied by. ``which``: the examples. ``rows``: how many there are, and where. ``tasks``: the
-    backward passes that have reached this forward pass.
+    gradients must be multiplied by. ``which``: the examples. ``rows``: how many there are, and where. ``mask``: which
+    positions (n, t) of the examples exist, where it was told. ``tasks``: the backward passes that have reached this
+    forward pass.
     """
 
     calls: dict[str, list[Use]] = field(default_factory=dict)
@@ -68,13 +72,14 @@ class Record:
     rows: Rows = Rows()
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     targets: Any = None
+    mask: Tensor | None = None
     tasks: set[int] = field(default_factory=set)
     _by_task: list[tuple[Call, dict[int, Tensor]]] = field(default_factory=list)
 
     def add(self, call: Call, layer: Layer, swapped: bool) -> None:
         """One more use of a layer."""
         self.layers[layer.name] = layer
-        self.calls.setdefault(layer.name, []).append(Use(call, swapped, self.rows))
+        self.calls.setdefault(layer.name, []).append(Use(call, swapped, self.rows, self.mask))
 
     def collect(self, call: Call) -> dict[int, Tensor]:
         """Where the gradients of a call in the user's own backward passes are to be put."""
@@ -105,6 +110,14 @@ class Record:
         for seed in range(len(uses[0].call.gradients)):
             parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, kept, strict=True)]
             yield parts[0] if len(parts) == 1 else Together(parts)
+
+    def absent(self, layer: Layer) -> Capture:
+        """What a layer saw that this pass did not reach: gradients of zero, of as many loss terms as there are."""
+        n = max(1, self.examples())
+        blank = layer.blank(n)
+        if isinstance(blank, SparseCapture):
+            return SparseCapture(blank.inputs, blank.g, self.count(), 0.0, self.which, layer.diagonal)
+        return Capture(blank.a, blank.g, self.count(), 0.0, self.which, layer.diagonal)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along V, ``tensors`` like the parts of the layer; products run in the dtype

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.engine import Engine
+from natgrad.engine import Engine, Mask
 from natgrad.fishers import KFAC, Approximation, check_layers
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer, expected
@@ -79,6 +79,8 @@ class NaturalGradient(torch.optim.Optimizer):
         observe_in_eval: observe passes in ``eval()`` mode too.
         batch_dim: the dimension of the examples in the first tensor that the model is given, ``None`` to find out by
             sizes, and by what attention and recurrences know.
+        mask: which positions (n, t) of the examples exist: the name of an argument of the model, such as
+            ``"attention_mask"``, or a function of all of them. Others count nowhere.
 
     Raises:
         TypeError, ValueError: for a setting of the wrong kind or outside its range, before anything is changed.
@@ -118,6 +120,7 @@ class NaturalGradient(torch.optim.Optimizer):
         calls: Iterable[str] = (),
         observe_in_eval: bool = False,
         batch_dim: int | None = None,
+        mask: Mask = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         approximation = KFAC() if approximation is None else approximation
@@ -144,7 +147,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._now = State()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
-        watched = {"exclude": tuple(exclude), "wide": wide, "calls": tuple(calls), "batch_dim": batch_dim}
+        watched = {"exclude": tuple(exclude), "wide": wide, "calls": tuple(calls), "batch_dim": batch_dim, "mask": mask}
         self._engine = Engine(model, labels, not observe_in_eval, lasting=False, **watched)
         self._engine.close_with(self)
         self._engine.keep_inputs = step_size.needs_inputs
@@ -219,7 +222,9 @@ class NaturalGradient(torch.optim.Optimizer):
         if "rule" in param_group:  # as build_groups makes them
             return super().add_param_group(param_group)
         self._engine.inventory.refresh()
-        for group in extended(self.model, self.param_groups, self._engine.inventory, param_group, self.defaults, self._adamw):
+        for group in extended(
+            self.model, self.param_groups, self._engine.inventory, param_group, self.defaults, self._adamw
+        ):
             super().add_param_group(group)
         self._expected = expected(self.model, self._engine.inventory.exclude, self._wide)
 
@@ -340,7 +345,9 @@ class NaturalGradient(torch.optim.Optimizer):
         moved, kept = self._entries(proposal.moves), [self._curvature.layers[name] for name in proposal.moves]
         covered = {id(p) for layer in self._covered.layers.values() for p in layer.parameters}
         for group in self._natural:
-            rest = [p for p in group["params"] if moved.get(id(p), 0) < p.numel() and (group["lr"] or id(p) not in covered)]
+            rest = [
+                p for p in group["params"] if moved.get(id(p), 0) < p.numel() and (group["lr"] or id(p) not in covered)
+            ]
             with keeping(kept, [p for p in rest if id(p) in moved]):
                 self._first_order(rest, adamw_settings(group, self._adamw))
 
@@ -430,7 +437,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._engine.attach()
         self._engine.begin()
         if self._engine.labels is not None:
-            self._engine.labels.reseed(self._seed * 1_000_003 + self.steps)
+            self._engine.labels.reseed((self._seed * 1_000_003 + self.steps) % 2**63)
 
     # Checkpoints.
 
