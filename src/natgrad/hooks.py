@@ -91,8 +91,11 @@ def _one_kind_of_checkpoint() -> Iterator[None]:
 
 
 def _repeated(function: Callable[..., Any], *settings: Any, **named: Any) -> Any:
-    """What a checkpoint does before and after ``function``, which is computed again as it was: by the rules of the modes
-    that are active now, whose kernels keep tensors of their own."""
+    """What a checkpoint does before and after ``function``.
+
+    That is computed again as it was, by the rules of the modes that are active now: their kernels keep tensors of their
+    own.
+    """
     modes = [mode for mode in _get_current_function_mode_stack() if hasattr(mode, "again")]
 
     def again(*args: Any, **kwargs: Any) -> Any:

@@ -275,5 +275,5 @@ def test_a_method_that_weighs_examples_leaves_tokens_to_adamw() -> None:
     model = Tokens(nn.Embedding(V, D))
     optimizer = FNGD(model, first_phase=2)
     assert list(optimizer.layers) == ["head"]
-    assert optimizer.uncovered == {"inner.weight": "FNGD has no form for tokens and shared weights"}
+    assert optimizer.uncovered == {"inner.weight": "Embedding; FNGD has no rule for tokens"}
     assert "inner.weight" in repr(optimizer)

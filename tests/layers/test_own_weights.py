@@ -1,4 +1,4 @@
-"""Weights that a module of one's own uses: whatever operation does it, and whatever has been done to the weight before."""
+"""Weights that a module of one's own uses: whatever operation it is, and whatever is done to the weight before."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functional import EVERYTHING, assert_captured, assert_exact_fisher, blocks_by_hand, by_a_loop, record_of
+from test_capture import armed
 from torch import Tensor, nn
 
 import natgrad
 from natgrad import ExactFisher, Gaussian, NaturalGradient
+from natgrad.labels import Labels
 from natgrad.look import look
 from oracles import assert_equal
 
@@ -207,6 +209,22 @@ def test_scales_and_shifts_of_ones_own_are_captured(name: str) -> None:
     assert_fisher(model, x)
 
 
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_batch_of_one_example_is_read_as_a_larger_one_is(name: str) -> None:
+    use, shape, size = ELEMENTWISE[name]
+    model, x = By(lambda w, x: use(w, x), *size), torch.randn(N, *shape, requires_grad=True)
+    with armed(model, Labels(Gaussian(), "exact")) as engine:
+        for batch in (x, x[:1]):
+            model(batch)
+        assert not engine.inventory.coverage().uncovered
+        (layer,) = engine.layers.values()
+        records = engine.everything()
+        for draw in range(2):
+            whole, one = (list(record.captures(layer)) for record in records)
+            mine, theirs = (torch.cat(list(seen[draw].weight_gradients()), -3) for seen in (one, whole))
+            assert_equal(mine.select(-3, 0), theirs.select(-3, 0))
+
+
 def test_some_of_the_positions_are_a_part() -> None:
     model, x = By(lambda w, x: x + w[:, : x.shape[1]], 1, T + 2, IN), torch.randn(N, T, IN)
     y = torch.randn_like(model(x))
@@ -251,7 +269,7 @@ PARTS: dict[str, tuple[Use, tuple[int, ...], tuple[int, ...], list[str]]] = {
         ["matrix@0", "matrix@2"],
     ),
     "experts one after the other": (
-        lambda w, x: sum(torch.tanh(x @ w[k]) for k in range(3)),  # type: ignore[arg-type, return-value]
+        lambda w, x: torch.stack([torch.tanh(x @ w[k]) for k in range(3)]).sum(0),
         (T, IN),
         (3, IN, OUT),
         ["matrix[0]", "matrix[1]", "matrix[2]"],
@@ -582,9 +600,7 @@ def test_a_product_of_two_parameters_is_left_to_adamw_with_the_reason() -> None:
         optimizer.zero_grad()
         (0.5 * model(x).square().sum() / N).backward()
         optimizer.step()
-    assert optimizer.uncovered == {
-        name: "used by a product of parameters: no rule" for name in ("first", "second")
-    }  # fmt: skip
+    assert optimizer.uncovered == dict.fromkeys(("first", "second"), "used by a product of parameters: no rule")
     (row,) = (line for line in repr(optimizer).splitlines() if line.startswith("second"))
     assert "a product of parameters" in row and "AdamW" in row
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

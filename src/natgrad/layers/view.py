@@ -38,13 +38,13 @@ class View:
 
     def within(self, operand: Tensor, base: Tensor) -> View | None:
         """The view that ``operand`` is, a view of ``base``, which stands for this view; ``None`` if there is none."""
-        rest = operand.storage_offset() - base.storage_offset()
+        rest = int(operand.storage_offset()) - int(base.storage_offset())
         steps = [self._step(base, *pair) for pair in zip(operand.shape, operand.stride(), strict=True)]
         stride = [step for step in steps if step is not None]
         if len(stride) < len(steps):
             return None
         offset = self.offset
-        for d in sorted(range(base.ndim), key=lambda d: -base.stride(d)):
+        for d in sorted(range(base.ndim), key=lambda d: base.stride()[d], reverse=True):
             if base.stride(d):
                 index, rest = divmod(rest, base.stride(d))
                 offset += index * self.stride[d]
@@ -80,7 +80,7 @@ def _normal(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
 def span(matrix: Tensor) -> Span:
     """Where a view of a contiguous parameter lies."""
     stride = tuple(step if size > 1 else 0 for size, step in zip(matrix.shape, matrix.stride(), strict=True))
-    return tuple(matrix.shape), stride, matrix.storage_offset()
+    return tuple(matrix.shape), stride, int(matrix.storage_offset())
 
 
 def overlap(one: View, other: View) -> bool:

@@ -51,8 +51,17 @@ def add(watch: Watch, func: Any, input: Any, other: Any, *, alpha: float = 1, **
             watch.alias(y, replace(operand, factor=operand.factor * sign))
         elif operands[0] is not None and operands[1] is not None:
             watch.stray(x, "a sum of parameters", y)
-        elif not watch.added(x, y, "add", sign):
+        elif not watch.added(x, y, "add", sign, rest.requires_grad):
             watch.stray(x, name, y)
+    return y
+
+
+@rule(*spelled("expand", "expand_as", "broadcast_to"))
+def expand(watch: Watch, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """w for every example, even if there is but one."""
+    y = func(input, *args, **kwargs)
+    if watch.operand(y) is not None and len(y.shape) > 1 and y.shape[0] == 1:
+        watch.expanded(y)
     return y
 
 
@@ -62,8 +71,18 @@ def repeat(watch: Watch, func: Any, input: Tensor, *sizes: Any, **kwargs: Any) -
     y, operand = func(input, *sizes, **kwargs), watch.operand(input)
     lead = (1,) * (y.ndim - input.ndim) + tuple(input.shape)
     fits = operand is not None and all(n in (1, size) for n, size in zip(lead, y.shape, strict=True))
-    if not (fits and watch.added(input, y, "repeat")):
+    if not (fits and watch.added(input, y, "repeat", data=True)):
         watch.stray(input, "repeat", y)
+    return y
+
+
+@rule(*spelled("cat", "concat", "concatenate"))
+def cat(watch: Watch, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """w among the positions of an example: of every one if it is repeated, or of the only one."""
+    if any(watch.operand(x) is None and x.requires_grad for x in tensors):
+        tensors = [watch.data(x, only=x.ndim > 1 and len(x) == 1) for x in tensors]
+    y = func(tensors, *args, **kwargs)
+    watch.other(func, tensors, y)
     return y
 
 
@@ -221,15 +240,14 @@ def scaled(watch: Watch, weight: Any, x: Tensor, y: Tensor, operation: str, vers
     operand = watch.operand(weight)
     if operand is None:
         return False
-    sizes, strides = (), ()
     lead = y.ndim - len(operand.view.size)
     if lead < 0:
         return False
     sizes, strides = (1,) * lead + operand.view.size, (0,) * lead + operand.view.stride
     own = [d for d in range(y.ndim) if sizes[d] > 1 and strides[d]]
     rest = [d for d in range(y.ndim) if d not in own]
-    if not rest or sizes == tuple(y.shape):
-        return False
+    if not rest or (sizes == tuple(y.shape) and not lead and not x.requires_grad):
+        return False  # perhaps a constant
     view = View(tuple(sizes[d] for d in own), tuple(strides[d] for d in own), operand.view.offset)
     if not own:
         view = View((1,), (1,), operand.view.offset)

@@ -29,8 +29,8 @@ RULES: dict[Any, Rule] = {}
 class Watch(TorchFunctionMode):
     """While active, sees the operations that take one of ``parameters``, or a view, cast or multiple of one.
 
-    ``parameters`` may map tensors that stand for them, such as fake ones, to parameters. Of ``inputs``, which a user may
-    overwrite, copies are kept.
+    ``parameters`` may map tensors that stand for them, such as fake ones, to parameters. Of ``inputs``, which a user
+    may overwrite, copies are kept.
 
     ``calls`` are the uses that a rule has read; ``strays`` the outputs of other operations, with the parameter and the
     name of the operation. Nothing is computed otherwise than torch would, but for recurrences, whose fused kernels
@@ -50,9 +50,15 @@ class Watch(TorchFunctionMode):
         self.strays: list[tuple[nn.Parameter, str, Tensor | None]] = []
         self.batches: list[tuple[int, int]] = []  # numbers of examples that operations know of, and their dimension
         pairs = parameters.items() if isinstance(parameters, Mapping) else ((p, p) for p in parameters)
+        self.transformed = False  # whether a transform of torch.func was at work, where nothing is seen
+        self.orders: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # of packed sequences, by their sizes: which examples they are
+        self.selected: tuple[Tensor, Tensor] | None = None  # the last tensor of which rows were selected, and which
         self._parameters = {id(x): p for x, p in pairs}
         self._aliases: dict[int, tuple[Tensor, Operand]] = {}
         self._data: dict[int, Tensor] = {}
+        self._expanded: dict[int, Tensor] = {}
         self._silent = False
 
     def __torch_function__(
@@ -60,10 +66,13 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """``func``, by its rule where it has one."""
         kwargs = kwargs or {}
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.transformed = True
+            return func(*args, **kwargs)
         if torch.is_grad_enabled() and getattr(func, "__name__", "") not in _OF_TENSORS:
             args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
         rule = RULES.get(func)
-        if rule is not None and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
+        if rule is not None and torch.is_grad_enabled():
             return rule(self, func, *args, **kwargs)
         result = func(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -91,23 +100,40 @@ class Watch(TorchFunctionMode):
         view = found.view.within(x, base)
         return None if view is None else Operand(found.parameter, view, found.factor)
 
-    def data(self, x: Any) -> Any:
-        """What an operation reads as data: ``x``; a parameter that is repeated there is a use in itself."""
+    def data(self, x: Any, only: bool = False) -> Any:
+        """What an operation reads as data: ``x``; a parameter that is repeated there, or ``only`` that of one example,
+        is a use in itself."""
         operand = self.operand(x)
-        if operand is None or not _repeats(operand):
+        if operand is None or not (self._repeats(x, operand) or only):
             return x
         read = x.view_as(x)
-        if self.added(x, read, "expand"):
+        if self.added(x, read, "expand", data=True):
             self._data[id(read)] = read
         return read
 
     def _alone(self, x: Any) -> Any:
         """A repeated parameter as a view of its own for every operation that reads it, which tells their gradients
         apart."""
-        if not isinstance(x, Tensor) or x._base is None or 0 not in x.stride() or id(x) in self._data:
+        if not isinstance(x, Tensor) or x._base is None or id(x) in self._data:
             return x
-        operand = self.operand(x)
-        return x if operand is None or not _repeats(operand) else x.view_as(x)
+        asked = id(x) in self._expanded
+        operand = self.operand(x) if asked or 0 in x.stride() else None
+        if operand is None or not self._repeats(x, operand):
+            return x
+        alone = x.view_as(x)
+        if asked:
+            self.expanded(alone)
+        return alone
+
+    def expanded(self, x: Tensor) -> None:
+        """Let a parameter that was expanded to a batch of one example count as repeated."""
+        self._expanded[id(x)] = x
+
+    def _repeats(self, x: Any, operand: Operand) -> bool:
+        view = operand.view
+        return id(x) in self._expanded or any(
+            n > 1 and not step for n, step in zip(view.size, view.stride, strict=True)
+        )
 
     def again(self) -> Watch:
         """A watch of the same parameters that notes nothing: it has a pass that is repeated compute what it did."""
@@ -160,9 +186,10 @@ class Watch(TorchFunctionMode):
         used = used if used is not None and used.trained else None
         if self._silent or not y.requires_grad or (used is None and (added is None or not added.trained)):
             return
-        if x.is_nested:
-            self.stray(weight, f"{operation} of nested tensors", y)
-            self.stray(bias, f"{operation} of nested tensors", y)
+        odd = "nested tensors" if x.is_nested else "complex numbers" if y.is_complex() else ""
+        if odd:
+            self.stray(weight, f"{operation} of {odd}", y)
+            self.stray(bias, f"{operation} of {odd}", y)
             return
         read = read or _same
         if x.layout != torch.strided:
@@ -221,12 +248,13 @@ class Watch(TorchFunctionMode):
 
     def _repeated(self, x: Tensor, operand: Operand) -> bool:
         """Whether x is a parameter that an example has one of each: it is then a use in itself, added to nothing."""
-        return _repeats(operand) and self.added(x, x, "expand")
+        return self._repeats(x, operand) and self.added(x, x, "expand", data=True)
 
-    def added(self, x: Any, y: Tensor, operation: str, sign: float = 1.0) -> bool:
+    def added(self, x: Any, y: Tensor, operation: str, sign: float = 1.0, data: bool = False) -> bool:
         """Note that y is the sum of a parameter x, repeated along some dimensions, and something else; or is x itself.
 
-        The last dimension that is not repeated are outputs, the others are tokens. Returns whether this is so.
+        The last dimension that is not repeated are outputs, the others are tokens. ``data``: what it is added to is
+        known to be data, which may be one example. Returns whether this is so.
         """
         found = self.operand(x)
         if found is None or x.ndim > y.ndim:
@@ -235,14 +263,14 @@ class Watch(TorchFunctionMode):
         sizes, strides = (1,) * lead + found.view.size, (0,) * lead + found.view.stride
         own = [d for d in range(y.ndim) if sizes[d] > 1 and strides[d]]
         rest = [d for d in range(y.ndim) if d not in own]
-        if not rest or (sizes == tuple(y.shape) and all(sizes[d] == 1 for d in rest)):
-            return False  # a constant, or another parameter
-        *rows, out = own or [None]
+        if not rest or (sizes == tuple(y.shape) and not lead and not data and all(sizes[d] == 1 for d in rest)):
+            return False  # perhaps a constant, or another parameter
+        *rows, out = own or [-1]
         steps = [strides[d] for d in rows]
         if any(strides[a] != strides[b] * sizes[b] for a, b in pairwise(rows)):
             return False
-        width, tokens = (sizes[out], math.prod(sizes[d] for d in rows)) if out is not None else (1, 1)
-        step = strides[out] if out is not None else 1
+        width, tokens = (sizes[out], math.prod(sizes[d] for d in rows)) if own else (1, 1)
+        step = strides[out] if own else 1
         where = y.shape[:0] + tuple(y.shape[d] for d in rest)
 
         def read(g: Tensor) -> Tensor:
@@ -284,10 +312,6 @@ _COPIES = {
 
 _OF_TENSORS = {"__get__", "__set__", "register_hook", "retain_grad", "requires_grad_"}
 """What is asked of a tensor itself, which no view of it can answer."""
-
-
-def _repeats(operand: Operand) -> bool:
-    return any(step == 0 and n > 1 for n, step in zip(operand.view.size, operand.view.stride, strict=True))
 
 
 def _map(function: Callable[[Any], Any], values: Any) -> Any:
