@@ -261,14 +261,23 @@ def test_a_layer_that_is_never_used_does_not_count_as_covered() -> None:
     assert not torch.equal(before, model.unused.weight)
 
 
-def test_methods_that_need_modules_leave_attention_alone() -> None:
-    model = nn.Sequential(Attend(), nn.Linear(T * E, 2))
+def test_methods_that_need_whole_weights_leave_packed_projections_alone() -> None:
+    model, x = nn.Sequential(Attend(), nn.Linear(T * E, 2)), torch.randn(N, T, E)
     optimizer = FNGD(model, first_phase=3)
-    assert list(optimizer.layers) == ["1"]
-    reasons = {reason for name, reason in optimizer.uncovered.items() if name.startswith("0.attn")}
-    assert reasons == {"used inside MultiheadAttention, not called as a module"}
-    natgrad.reconstruct(model, [(torch.randn(N, T, E), None)])
-    assert [fisher_layer.layer.name for fisher_layer in fisher_layers_of(model)] == ["1"]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert list(optimizer.layers) == ["0.attn.out_proj", "1"]
+    reason = "linear; FNGD has no rule for a part of a parameter"
+    assert optimizer.uncovered == {f"0.attn.in_proj_{name}": reason for name in ("weight", "bias")}
+    optimizer.zero_grad()
+    before = model(x).detach()
+    natgrad.reconstruct(model, [(x, None)])
+    assert [fisher_layer.layer.name for fisher_layer in fisher_layers_of(model)] == ["0.attn.out_proj", "1"]
+    assert_equal(model(x).detach(), before, 1e-9)
+    natgrad.restore(model)
+    assert_equal(model(x).detach(), before, 1e-9)
 
 
 # It leaves the model alone.
