@@ -180,9 +180,7 @@ class Engine:
             self._records.append(record)
         record.tasks.add(task)
 
-    def _finish(
-        self, record: Record, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _finish(self, record: Record, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Make a record of what was seen in a pass."""
         record.mask = self._exists(args, kwargs)
         reached: set[int] = set()
@@ -306,6 +304,7 @@ def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
         for call in watch.calls
     ]
     strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
+    inventory.transformed |= watch.transformed
     inventory.add(facts, strays)
 
 

@@ -52,7 +52,9 @@ def _pass(
     stand = {name: _stand_in(p, fake) for name, p in inventory.parameters.items()}
     buffers = {name: b.clone() if fake is None else _faked(fake, b) for name, b in model.named_buffers()}
     watched = {id(p) for p in inventory.watched}
-    watch = Watch({x: inventory.parameters[name] for name, x in stand.items() if id(inventory.parameters[name]) in watched})
+    watch = Watch(
+        {x: inventory.parameters[name] for name, x in stand.items() if id(inventory.parameters[name]) in watched}
+    )
     with torch.enable_grad(), as_written(), _renamed(model, method) as called, watch:
         output = functional_call(called, {**stand, **buffers}, args, kwargs)
     learn(inventory, watch, _reached(watch, output))

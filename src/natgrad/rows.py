@@ -120,26 +120,49 @@ class Rows:
 
 
 def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tensor] | None, watch: Watch) -> Rows:
-    """The examples of a pass: by ``batch_dim`` of its first input, by what operations know of them, else by sizes."""
+    """The examples of a pass: by ``batch_dim`` of its first input, by what operations know of them, else by sizes.
+
+    The rows of the output are examples, if a tensor of the input has as many, or else as many each as the first input
+    of more than one example has to have.
+    """
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.ndim > (batch_dim or 0)]
     rows = max(map(len, outputs)) if outputs else None
-    dim, count = batch_dim or 0, tensors[0].shape[batch_dim or 0] if tensors else rows
-    sizes = {size for x in tensors for size in x.shape[:2]}
-    known = [pair for pair in dict.fromkeys(watch.batches) if pair[0] in sizes]
-    if batch_dim is None and len({n for n, _ in known}) == 1 and (rows is None or rows % known[0][0] == 0 or _second(outputs, known[0][0])):
-        count, dim = known[0]
-    if outputs is None or rows is None or count is None:
-        seen = any(count in call.sizes for call in watch.calls)
-        return Rows(count if seen else None, dim)
+    if batch_dim is not None and tensors:
+        count, dim = tensors[0].shape[batch_dim], batch_dim
+    else:
+        count, dim = _known(tensors, outputs, watch) or (_by_sizes([len(x) for x in tensors], rows, watch), 0)
+    if rows is None or count is None or not outputs:
+        return Rows(count, dim)
     if len(outputs) > 1:
         return Rows(rows, dim)
-    if dim == 1 and _second(outputs, count):
+    if dim == 1 and _second(outputs[0], count):
         return Rows(count, dim, second=True)
-    if rows == count or rows % max(count, 1) or count == 0:
+    if rows == count or count == 0 or rows % count:
         return Rows(rows, dim)
     return Rows(count, dim, rows // count, apart=dim == 1)
 
 
-def _second(outputs: Sequence[Tensor] | None, n: int) -> bool:
+def _known(tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, watch: Watch) -> tuple[int, int] | None:
+    """The number of examples that operations know of, and their dimension, if all agree and inputs and outputs do."""
+    sizes = {size for x in tensors for size in x.shape[:2]}
+    pairs = [pair for pair in dict.fromkeys(watch.batches) if pair[0] in sizes]
+    if len({n for n, _ in pairs}) != 1:
+        return None
+    n = pairs[0][0]
+    fits = not outputs or max(map(len, outputs)) % n == 0 or (len(outputs) == 1 and _second(outputs[0], n))
+    return pairs[0] if fits else None
+
+
+def _by_sizes(sizes: Sequence[int], rows: int | None, watch: Watch) -> int | None:
+    """The first size of an input that the rows of the output are a multiple of, or that operations have."""
+    if rows in sizes:
+        return rows
+    several = [n for n in sizes if n > 1] or list(sizes)
+    if rows is not None:
+        return next((n for n in several if n and rows % n == 0), rows)
+    return next((n for n in several if any(Rows(n).matches(call.sizes) for call in watch.calls)), None)
+
+
+def _second(output: Tensor, n: int) -> bool:
     """Whether the output is (t, n, ...)."""
-    return outputs is not None and len(outputs) == 1 and outputs[0].ndim > 2 and outputs[0].shape[1] == n
+    return output.ndim > 2 and output.shape[1] == n

@@ -63,6 +63,7 @@ class Inventory:
         unknown = set(self.exclude) - {name for name, _ in self.model.named_modules()}
         if unknown:
             raise ValueError(f"exclude names no module of the model: {', '.join(sorted(unknown))}")
+        self.transformed = False  # whether parameters may have been used where nothing is seen
         self.layers: dict[str, Layer] = {}
         self._places: dict[tuple[Place, Form], tuple[str, bool]] = {}
         self._built: Any = None
@@ -226,7 +227,8 @@ class Inventory:
         operations = sorted(self.strays.get(name, ()))
         if operations:
             return f"used by {', '.join(operations)}: no rule"
-        return "not used in what was seen"
+        seen = "not used in what was seen"
+        return f"{seen}, but perhaps under a transform of torch.func" if self.transformed else seen
 
     # In and out of a checkpoint.
 

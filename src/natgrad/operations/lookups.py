@@ -86,6 +86,7 @@ def index_select(watch: Watch, func: Any, weight: Tensor, dim: int, index: Tenso
     if dim != 0 or watch.operand(weight) is None:
         y = func(weight, dim, index)
         watch.other(func, (weight,), y)
+        watch.selected = y, index
         return y
     return _rows(watch, weight, index, lambda w: func(w, dim, index))
 

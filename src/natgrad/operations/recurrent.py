@@ -88,7 +88,8 @@ def unrolled(watch: Watch, func: Any, x: Tensor, *args: Any) -> States:
         kept = torch.arange(int(sizes[0]), device=x.device) < sizes.to(x.device).unsqueeze(-1)  # (t, n)
         x = x.new_zeros(*kept.shape, x.shape[-1]).index_put(kept.nonzero(as_tuple=True), x)
     watch.batches.append((x.shape[1], 0 if batch_first else 1))
-    scan = _Scan(watch, func, biased, kept)
+    order = watch.orders.get(id(sizes), (None, None))[1]  # of the examples, where they were sorted by length
+    scan = _Scan(watch, func, biased, kept, order)
     count = len(states[0])  # layers times directions
     each, ends = len(weights) // count, []
     for layer in range(layers):
@@ -108,14 +109,24 @@ def unrolled(watch: Watch, func: Any, x: Tensor, *args: Any) -> States:
     return x.transpose(0, 1) if batch_first else x, *finals
 
 
+@rule(torch._pack_padded_sequence)
+def packed_sequence(watch: Watch, func: Any, input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Remembers the order that the examples were brought into by their lengths."""
+    data, sizes = func(input, *args)
+    if watch.selected is not None and watch.selected[0] is input:
+        watch.orders[id(sizes)] = sizes, watch.selected[1].argsort()
+    return data, sizes
+
+
 class _Scan:
     """One layer in one direction."""
 
-    def __init__(self, watch: Watch, func: Any, biased: bool, kept: Tensor | None) -> None:
+    def __init__(self, watch: Watch, func: Any, biased: bool, kept: Tensor | None, order: Tensor | None) -> None:
         self._watch, self._cell, self._biased, self._kept = watch, _SCANS[func], biased, kept
+        self._first = partial(_turned, order=order)
         self._told: dict[str, Any] = {
             "operation": func.__name__,
-            "kept": None if kept is None else kept.mT,
+            "kept": None if kept is None else self._first(kept),
             "first": True,
         }
 
@@ -124,7 +135,7 @@ class _Scan:
         w_ih, w_hh, *rest = weights
         b_ih, b_hh = rest[:2] if self._biased else (None, None)
         gates = self._watch.product(
-            LINEAR, w_ih, b_ih, x.transpose(0, 1), partial(F.linear, x), _turned, **self._told
+            LINEAR, w_ih, b_ih, self._first(x), partial(F.linear, x), self._first, **self._told
         ).unbind(0)
         recurrent = _Repeated(w_hh, b_hh, len(x))
         projection = _Repeated(rest[-1], None, len(x)) if len(rest) % 2 else None
@@ -140,7 +151,7 @@ class _Scan:
             outputs[t] = states[0]
         for product in (recurrent, projection):
             if product is not None:
-                product.tell(self._watch, self._told)
+                product.tell(self._watch, self._first, self._told)
         return torch.stack(outputs), states
 
 
@@ -162,16 +173,15 @@ class _Repeated:
         self._inputs[t] = x.detach()
         return y + self._each[t]
 
-    def tell(self, watch: Watch, told: dict[str, Any]) -> None:
+    def tell(self, watch: Watch, first: Callable[[Tensor], Tensor], told: dict[str, Any]) -> None:
         """Have the product seen."""
         if self._zeros is not None:
-            inputs = torch.stack(self._inputs).transpose(0, 1)
-            watch.saw(LINEAR, self._w, self._b, inputs, self._zeros, _turned, **told)
+            watch.saw(LINEAR, self._w, self._b, first(torch.stack(self._inputs)), self._zeros, first, **told)
 
 
-def _turned(y: Tensor) -> Tensor:
-    """(t, n, d) as (n, t, d)."""
-    return y.transpose(0, 1)
+def _turned(y: Tensor, order: Tensor | None) -> Tensor:
+    """(t, n, ...) as (n, t, ...), the examples in an order of their own."""
+    return y.transpose(0, 1) if order is None else y.transpose(0, 1)[order]
 
 
 def _dropped(x: Tensor, p: float, training: bool, kept: Tensor | None) -> Tensor:
