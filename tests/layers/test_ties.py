@@ -88,8 +88,8 @@ def test_linear_layers_with_one_weight_are_one_layer_called_twice(share_bias: bo
     assert_equal(DW, expected[..., own])
     assert DW.shape[-1] == D + share_bias
     for name in apart:
-        (own,) = record.captures(coverage.layers[name])
-        (db,) = own.weight_gradients()
+        (alone,) = record.captures(coverage.layers[name])
+        (db,) = alone.weight_gradients()
         losses = (half_square(model(x[n : n + 1]), y[n : n + 1]) for n in range(N))
         by_autograd = torch.stack([torch.autograd.grad(loss, coverage.layers[name].parameters)[0] for loss in losses])
         assert_equal(db.squeeze(-1), by_autograd)
@@ -192,7 +192,7 @@ def test_one_module_under_two_names_is_one_layer() -> None:
 class Odd(nn.Module):
     """A function of a weight that is not linear in it."""
 
-    weight: nn.Parameter
+    weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.weight.exp().sum()
@@ -201,7 +201,7 @@ class Odd(nn.Module):
 class Double(nn.Module):
     """A convolution with a kernel of one, by another module's matrix."""
 
-    weight: nn.Parameter
+    weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.conv1d(x.unsqueeze(-1), self.weight.unsqueeze(-1)).squeeze(-1)
@@ -233,7 +233,7 @@ def test_operations_of_different_kinds_share_a_block_where_their_entries_are_the
 def test_a_weight_whose_other_use_is_excluded_is_seen_in_both() -> None:
     """A parameter is excluded by the name that it has first."""
     model = InTurn(nn.Linear(3, 3), nn.Linear(3, 3))
-    model.inner[1].weight = model.inner[0].weight
+    setattr(model.inner[1], "weight", model.inner[0].weight)  # noqa: B010
     x = torch.randn(N, 3)
     assert list(look(model, (x,), exclude=["inner.0"]).layers) == ["inner.1.bias"]
 
@@ -252,7 +252,7 @@ def test_convolutions_share_a_block_if_they_have_as_many_groups() -> None:
 
 def test_a_bias_of_two_weights_is_a_layer_of_its_own() -> None:
     model = InTurn(nn.Linear(3, 3), nn.Linear(3, 3))
-    model.inner[1].bias = model.inner[0].bias
+    setattr(model.inner[1], "bias", model.inner[0].bias)  # noqa: B010
     found = assert_examples(model, torch.randn(N, 3))
     shapes = {"inner.0": (3, 3), "inner.0.bias": (3, 1), "inner.1": (3, 3)}
     assert {name: layer.shape for name, layer in found.layers.items()} == shapes and not found.uncovered

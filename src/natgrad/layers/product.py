@@ -86,8 +86,8 @@ class Product(Form):
 class JetProduct(Product):
     """A dense layer on jets (..., t, in): the bias is added at the first position, the value, alone."""
 
-    inner: ClassVar[int] = 2  # type: ignore[misc]
-    outer: ClassVar[int] = 2  # type: ignore[misc]
+    inner: ClassVar[int] = 2
+    outer: ClassVar[int] = 2
 
     def matrix(self, operand: Tensor) -> Tensor:
         """(out, in)."""

@@ -59,7 +59,7 @@ def one_step(watch: Watch, func: Any, x: Tensor, hx: Tensor | States, *weights: 
     b_ih, b_hh = biases or (None, None)
     products = ((x, w_ih, b_ih), (states[0], w_hh, b_hh))
     sums = [watch.product(LINEAR, w, b, z, partial(F.linear, z), operation=func.__name__) for z, w, b in products]
-    after = _CELLS[func](*sums, states)
+    after = _CELLS[func](sums[0], sums[1], states)
     return after[0] if isinstance(hx, Tensor) else after
 
 
