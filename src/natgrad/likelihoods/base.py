@@ -16,11 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+Inputs = Literal["logits", "probabilities"]
 Pointer = str | int | Callable[[Any], Tensor] | None
 
 
@@ -93,7 +94,11 @@ class Likelihood(Objective):
                 f"{found.dtype} of shape {tuple(found.shape)}"
             )
         self.check(found)
-        return found
+        return self.parameter(found)
+
+    def parameter(self, output: Tensor) -> Tensor:
+        """The output as the parameter that all other methods read: by default itself."""
+        return output
 
     def check(self, output: Tensor) -> None:
         """Raise ``ValueError`` where this likelihood has no meaning for outputs of this shape."""
@@ -203,6 +208,17 @@ class Likelihood(Objective):
         if weights is not None:
             events = events * weights.sqrt().unsqueeze(-1)
         return self.unevents(events * self.scale(output) ** 0.5, output)
+
+
+def check_inputs(inputs: str) -> None:
+    """Raise ``ValueError`` for a kind of output that is none."""
+    if inputs not in get_args(Inputs):
+        raise ValueError(f"inputs must be one of {', '.join(map(repr, get_args(Inputs)))}, got {inputs!r}")
+
+
+def tiny(output: Tensor) -> float:
+    """A probability next to 0."""
+    return torch.finfo(output.dtype).eps
 
 
 def look_up(output: Any, pointer: Pointer) -> Any:

@@ -8,12 +8,27 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from natgrad.likelihoods.base import Inputs, check_inputs, tiny
 from natgrad.likelihoods.elementwise import Elementwise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bernoulli(Elementwise):
-    """Independent Bernoulli outputs given as logits; the NLL is ``binary_cross_entropy_with_logits``."""
+    """Independent Bernoulli outputs; the NLL is ``binary_cross_entropy_with_logits``.
+
+    ``inputs``: what the output is: ``"logits"``, or ``"probabilities"``, as after a sigmoid.
+    """
+
+    inputs: Inputs = "logits"
+
+    def __post_init__(self) -> None:
+        """Refuse settings outside their range."""
+        super().__post_init__()
+        check_inputs(self.inputs)
+
+    def parameter(self, output: Tensor) -> Tensor:
+        """Logits."""
+        return output if self.inputs == "logits" else output.logit(eps=tiny(output))
 
     @property
     def entropy(self) -> float:

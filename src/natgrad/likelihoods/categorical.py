@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natgrad.likelihoods.base import Likelihood
+from natgrad.likelihoods.base import Inputs, Likelihood, check_inputs, tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Categorical(Likelihood):
 
     ``shift``: the output (n, T, C) at position t predicts the target at t + ``shift``, and the last ``shift`` positions
     are no loss terms. It is 1 for the causal models of transformers, which move their labels themselves.
+
+    ``inputs``: what the output is: ``"logits"`` (log-probabilities are some), or ``"probabilities"``, as after a
+    softmax.
     """
 
     class_dim: int = -1
@@ -31,15 +34,21 @@ class Categorical(Likelihood):
     weight: Tensor | None = None
     ignore_index: int | None = None
     shift: int = 0
+    inputs: Inputs = "logits"
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
+        check_inputs(self.inputs)
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
         if self.weight is not None and (self.weight.ndim != 1 or not (self.weight >= 0).all()):
             raise ValueError("weight must be a vector of numbers >= 0, one per class")
         if not isinstance(self.shift, int) or isinstance(self.shift, bool) or self.shift < 0:
             raise ValueError(f"shift must be a whole number of at least 0, got {self.shift!r}")
+
+    def parameter(self, output: Tensor) -> Tensor:
+        """Logits."""
+        return output if self.inputs == "logits" else output.clamp(min=tiny(output)).log()
 
     def check(self, output: Tensor) -> None:
         """At least two classes, and as many as there are class weights."""
