@@ -27,7 +27,7 @@ BATCHES = [batch(step) for step in range(8)]
 
 def test_another_optimizer_has_what_this_one_leaves() -> None:
     model, reference = network(), network()
-    mine = optimizer_of(model, exclude=["0"], adamw=False)
+    mine = optimizer_of(model, exclude=["0", "2"], adamw=False)
     theirs = torch.optim.AdamW(model[:3].parameters(), weight_decay=0.0)
     assert sum(len(group["params"]) for group in mine.param_groups) == 2
     assert "another optimizer" in repr(mine)
@@ -37,9 +37,40 @@ def test_another_optimizer_has_what_this_one_leaves() -> None:
         backward(model, mine, data)
         mine.step()
         theirs.step()
-    train(reference, optimizer_of(reference, exclude=["0"]), BATCHES)
+    train(reference, optimizer_of(reference, exclude=["0", "2"]), BATCHES)
     for found, expected in zip(values(model), values(reference), strict=True):
         assert_equal(found, expected, 1e-12)
+
+
+class Positions(nn.Sequential):
+    """Adds a parameter of its own, which nothing expects to have curvature."""
+
+    def __init__(self) -> None:
+        super().__init__(*network())
+        self.positions = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x + self.positions)
+        return y
+
+
+def test_what_turns_out_to_have_curvature_stays_with_the_other_optimizer_that_was_given_it() -> None:
+    model, reference = Positions(), Positions()
+    mine, theirs = optimizer_of(model, adamw=False), torch.optim.SGD([model.positions], lr=0.1)
+    reference.positions.requires_grad_(False)
+    alone = optimizer_of(reference)
+    for data in BATCHES:
+        backward(model, mine, data)
+        assert model.positions.grad is not None
+        before, gradient = model.positions.detach().clone(), model.positions.grad.clone()
+        mine.step()
+        theirs.step()
+        train(reference, alone, [data])
+        assert_equal(model.positions.detach(), before - 0.1 * gradient)
+        reference.positions.data.copy_(model.positions.detach())
+    assert same(values(model), values(reference))
+    assert mine.uncovered["positions"] == "in no group of parameters" and "positions" not in mine.layers
+    assert next(line for line in repr(mine).splitlines() if line.startswith("positions")).split()[1] == "another"
 
 
 def hooks(model: nn.Module) -> int:
@@ -198,7 +229,7 @@ def test_a_head_outside_of_the_likelihood_is_named() -> None:
     x, y = BATCHES[0]
     out = model(x)
     (F.cross_entropy(out["logits"], y) + out["value"].square().mean()).backward()
-    with pytest.warns(UserWarning, match=r"not observed: value;"):
+    with pytest.warns(UserWarning, match=r"not observed: value.weight, value.bias;"):
         optimizer.step()
 
 

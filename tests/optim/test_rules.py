@@ -46,7 +46,7 @@ def test_the_jacobian_products_of_a_model_with_dropout_use_none_of_the_users_ran
 def test_a_model_without_a_coverable_layer_is_trained_by_adamw_bit_for_bit() -> None:
     def model_of() -> nn.Module:
         torch.manual_seed(1)
-        return nn.Sequential(OwnNorm(5), nn.Tanh(), nn.PReLU(5))
+        return nn.Sequential(OwnNorm(5), nn.Tanh(), OwnNorm(5), nn.Softplus())
 
     model, reference = model_of(), model_of()
     optimizer = optimizer_of(model, adamw=ADAMW)
@@ -83,29 +83,45 @@ def test_a_layer_that_no_batch_reaches_stays_and_trains_once_one_does() -> None:
     before = values(model.spare)
     train(model, optimizer, BATCHES)
     assert same(values(model.spare), before)
-    assert "not seen" in repr(optimizer)
+    assert optimizer.uncovered["spare.weight"] == "not used in what was seen" and list(optimizer.layers) == ["used"]
     model.both = True
     train(model, optimizer, BATCHES)
     assert not same(values(model.spare), before)
     assert optimizer.state[model.spare.weight]["observations"] > 0
 
 
-def test_a_weight_that_is_used_without_its_layer_is_trained_by_adamw() -> None:
+def test_a_weight_that_is_used_without_its_module_has_its_curvature_all_the_same() -> None:
     class Functional(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, plain: bool) -> None:
             super().__init__()
             self.seen, self.hidden = nn.Linear(5, 5), nn.Linear(5, 3)
+            self.plain = plain
 
         def forward(self, x: Tensor) -> Tensor:
             weight, bias = self.hidden.parameters()
-            return F.linear(self.seen(x), weight, bias)
+            return self.hidden(self.seen(x)) if self.plain else F.linear(self.seen(x), weight, bias)
 
-    torch.manual_seed(0)
-    model = Functional()
-    before = model.hidden.weight.detach().clone()
-    with pytest.warns(UserWarning, match="gradients from a pass that was not observed: hidden"):
-        train(model, optimizer_of(model, adamw={"lr": 0.01}), BATCHES[:1])
-    assert_equal((model.hidden.weight.detach() - before).abs(), torch.full((3, 5), 0.01), 1e-3)
+    found = []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        model = Functional(plain)
+        optimizer = optimizer_of(model, strict=True)
+        train(model, optimizer, BATCHES)
+        found.append(values(model))
+    assert same(*found)
+
+
+def test_a_weight_that_no_rule_reads_is_trained_by_adamw_and_its_bias_is_not() -> None:
+    class Positive(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.exp(), self.bias)
+
+    model: Any = nn.Sequential(nn.Linear(5, 5), Positive(5, 3))
+    before = model[1].weight.detach().clone()
+    optimizer = optimizer_of(model, adamw={"lr": 0.01})
+    train(model, optimizer, BATCHES[:1])
+    assert_equal((model[1].weight.detach() - before).abs(), torch.full((3, 5), 0.01), 1e-3)
+    assert optimizer.uncovered == {"1.weight": "used by exp: no rule"} and list(optimizer.layers) == ["0", "1.bias"]
 
 
 def test_frozen_layers_are_left_out_and_their_parameters_stay() -> None:
@@ -176,6 +192,23 @@ def test_groups_have_learning_rates_and_weight_decays_of_their_own() -> None:
     factors = [(1.0, 0.0)] * 4 + [(0.2, 0.02 * 0.5)] * 2
     for found, plain, old, (rate, decay) in zip(values(model), values(reference), before, factors, strict=True):
         assert_equal(found - old, rate * (plain - old) - decay * old, 1e-8)
+
+
+def test_a_weight_and_its_bias_have_learning_rates_and_weight_decays_of_their_own() -> None:
+    """Though their direction is that of one block."""
+    model, reference = network(), network()
+    groups = [
+        {"params": [model[0].weight, model[3].weight], "lr": 0.1, "weight_decay": 0.5},
+        {"params": [model[0].bias], "lr": 0.02},
+    ]
+    optimizer = optimizer_of(model, groups=groups, lr=0.1, **PLAIN)
+    before = values(reference)
+    train(model, optimizer, BATCHES[:1])
+    train(reference, optimizer_of(reference, lr=0.1, **PLAIN), BATCHES[:1])
+    factors = [(1.0, 0.05), (0.2, 0.0), (1.0, 0.0), (1.0, 0.0), (1.0, 0.05), (1.0, 0.0)]
+    for found, plain, old, (rate, decay) in zip(values(model), values(reference), before, factors, strict=True):
+        assert_equal(found - old, rate * (plain - old) - decay * old, 1e-8)
+    assert optimizer.layers["0"].biased
 
 
 def test_weight_decay_is_decoupled_from_the_curvature() -> None:
@@ -294,9 +327,15 @@ def test_print_names_every_layer_every_uncovered_parameter_with_its_reason_and_t
         rows = {line.split()[0]: line for line in repr(optimizer).splitlines() if line}
         assert "6 x 6" in rows["0"]
         assert "Kronecker" in rows["0"] and ("not seen yet" in rows["0"]) == (steps == 0)
-        assert "no adapter for OwnNorm" in rows["2.weight"] and "no adapter for OwnNorm" in rows["2.bias"]
+        assert ("Linear" in rows["0"]) == (steps == 0) and ("linear" in rows["0"]) == (steps > 0)
+        if steps:
+            assert "used by abs: no rule" in rows["2.weight"] and "used by tanh: no rule" in rows["2.bias"]
+        else:
+            assert "OwnNorm; not seen yet" in rows["2"]
         assert "excluded" in rows["3.weight"] and "excluded" in rows["3.bias"]
-        assert "52.2 % of 69 trained parameters" in repr(optimizer)
+        last = repr(optimizer).splitlines()[-1]
+        share = "52.2 % of 69 trained parameters" if steps else "expected before the first pass: 69.6 % of 69 trained"
+        assert last.startswith(share)
 
 
 @pytest.mark.parametrize("make", FOUR)

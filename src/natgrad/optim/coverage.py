@@ -33,6 +33,7 @@ class Row:
     why: str
     block: str = ""
     cost: Cost | None = None
+    operations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Report:
         """The share of the trained parameters that have curvature."""
         natural = sum(row.numbers for row in self.rows if row.rule == "natural")
         return natural / max(1, sum(row.numbers for row in self.rows if row.rule != "none"))
+
+    @property
+    def operations(self) -> list[str]:
+        """The operations that use weights."""
+        return sorted({operation for row in self.rows for operation in row.operations})
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -109,13 +115,13 @@ def report(
     approximation: Approximation,
     matrices: Collection[str] = (),
     curvature: Mapping[str, LayerCurvature] | None = None,
-    rest: str = "AdamW",
+    others: Collection[str] = (),
     examples: int = 1,
 ) -> Report:
     """The report on ``found``; with the ``curvature`` of training as it stands.
 
-    ``matrices`` are those of the other parameters that Shampoo steps, and not ``rest``. A layer that the steps so far
-    have not seen counts as stepped by AdamW.
+    ``matrices`` are those of the other parameters that Shampoo steps, and not AdamW; ``others`` another optimizer. A
+    layer that the steps so far have not seen counts as stepped by AdamW.
     """
     known: dict[object, Cost | None] = {}
     rows = []
@@ -126,7 +132,7 @@ def report(
             known[key] = cost(chosen, layer, examples)
         row = row_of(model, layer, known[key], _structure(layer, approximation))
         rows.append(row if curvature is None else _as_it_stands(row, curvature.get(name)))
-    return complete(model, found, rows, rest, matrices)
+    return complete(model, found, rows, "AdamW", matrices, others)
 
 
 def row_of(model: nn.Module, layer: Layer, what: Cost | None, remarks: Iterable[str] = ()) -> Row:
@@ -137,19 +143,26 @@ def row_of(model: nn.Module, layer: Layer, what: Cost | None, remarks: Iterable[
     why = "; ".join([", ".join(layer.operations), *remarks])
     total = sum(part.numel() for part in layer.parts(list(layer.parameters)))
     block = " x ".join(map(str, layer.shape))
-    return Row(name, parameters, total, "natural", what.structure if what else "-", why, block, what)
+    return Row(name, parameters, total, "natural", what.structure if what else "-", why, block, what, layer.operations)
 
 
 def complete(
-    model: nn.Module, found: Coverage, rows: Sequence[Row], rest: str, matrices: Collection[str] = ()
+    model: nn.Module,
+    found: Coverage,
+    rows: Sequence[Row],
+    rest: str,
+    matrices: Collection[str] = (),
+    others: Collection[str] = (),
 ) -> Report:
-    """The rows of the layers, and those of all other parameters: ``matrices`` under Shampoo, others under ``rest``."""
+    """The rows of the layers, and those of all other parameters: ``matrices`` under Shampoo, ``others`` under another
+    optimizer, and all else under ``rest``."""
     numbers = {name: p.numel() for name, p in model.named_parameters()}
-    rules = {name: "Shampoo" if name in matrices else rest for name in found.uncovered}
-    others = [Row(name, (name,), numbers[name], rules[name], rules[name], why) for name, why in found.uncovered.items()]
-    told = {name for row in (*rows, *others) for name in row.parameters}
+    rules = dict.fromkeys(found.uncovered, rest) | dict.fromkeys(matrices, "Shampoo")
+    rules |= {name: "another optimizer" for name in found.uncovered if name in others}
+    bare = [Row(name, (name,), numbers[name], rules[name], rules[name], why) for name, why in found.uncovered.items()]
+    told = {name for row in (*rows, *bare) for name in row.parameters}
     frozen = [Row(n, (n,), size, "none", "frozen", "not trained") for n, size in numbers.items() if n not in told]
-    return Report((*rows, *others, *frozen), found.expected)
+    return Report((*rows, *bare, *frozen), found.expected)
 
 
 def _as_it_stands(row: Row, now: LayerCurvature | None) -> Row:

@@ -6,7 +6,7 @@ undone by keeping the old one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -135,7 +135,7 @@ class LayerCurvature:
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
         return parts | {name: getattr(self, name) for name in _COUNTERS} | {"damping": self.damping}
 
-    def with_state(self, state: dict[str, Any], layer: str) -> Self:
+    def with_state(self, state: Mapping[str, Any], layer: str) -> Self:
         """The inverse of :meth:`state`, on a placeholder of the same approximation and layer.
 
         Raises ``ValueError`` for the state of another approximation.

@@ -23,12 +23,12 @@ class Watch:
     """Says, once for each, which parameters have gradients and no curvature, and which nothing steps.
 
     A warning for what no pass was seen to use and for what nothing steps; with ``strict`` a ``RuntimeError``, for
-    parameters whose use has no rule, too.
+    parameters whose use has no rule, too. ``elsewhere`` names parameters that another optimizer steps.
     """
 
-    def __init__(self, strict: bool) -> None:
+    def __init__(self, strict: bool, elsewhere: Iterable[str] = ()) -> None:
         self._strict = strict
-        self._told: set[str] = set()
+        self._told = set(elsewhere)
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class Watch:
                 continue
             why = found.uncovered.get(name, "")
             if id(p) not in stepped:
-                left += [] if why else [name]
+                left.append(name)
             elif "rule" in why or "common block" in why:
                 unread.append(f"{name} ({why})")
             else:
@@ -61,7 +61,9 @@ class Watch:
         if left:
             text.append(f"parameters unfrozen since: {', '.join(left)}; hand them to add_param_group to train them")
         if self._strict and (text or unread):
-            more = f"parameters that no rule reads: {', '.join(unread)}; name their modules in exclude" if unread else ""
+            more = (
+                f"parameters that no rule reads: {', '.join(unread)}; name their modules in exclude" if unread else ""
+            )
             raise RuntimeError("; ".join([*text, more] if more else text))
         self._told.update(unseen, left)
         if text:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -85,6 +86,20 @@ def extended(
         number(f"weight_decay of the {one['rule']} rule", one["weight_decay"], 0)
         one["first_lr"] = one["lr"]
     return made
+
+
+def within(found: Coverage, model: nn.Module, held: Collection[int]) -> Coverage:
+    """What is covered of the parameters ``held``, by their ids: a layer is without a bias that is not among them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers, uncovered = {}, dict(found.uncovered)
+    for name, layer in found.layers.items():
+        left = {names[id(p)]: "in no group of parameters" for p in layer.parameters if id(p) not in held}
+        if id(layer.weight) in held:
+            layers[name] = replace(layer, bias=None, bias_view=None) if left else layer
+        elif layer.bias is not None:
+            left = {names[id(layer.bias)]: "its weight is in no group", **left}
+        uncovered |= left
+    return Coverage(layers, uncovered, found.expected)
 
 
 def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ A method that couples layers adds one map over all of them, made anew whenever o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,21 +70,29 @@ class Layerwise:
         """The approximation of one layer."""
         return for_layer(self.approximation, self.layers[name].kind)
 
-    def filled(self, state: State) -> State:
-        """The state with placeholders for layers that it lacks, or whose bias was frozen or unfrozen since."""
+    def filled(self, state: State, kept: Callable[[Layer], Mapping[str, Any]] | None = None) -> State:
+        """The state with placeholders for layers that it lacks, or whose bias was frozen or unfrozen since.
+
+        What is ``kept`` of a layer, under the names of a checkpoint, takes their place where it has the layer's shape.
+        """
         if state.layers.keys() == self.layers.keys() and all(_fits(c, self.layers[n]) for n, c in state.items()):
             return state
         joined = self.approximation.together and state.layers  # statistics span the layers, and start anew
         known = {n: c for n, c in state.items() if not joined and n in self.layers and _fits(c, self.layers[n])}
-        layers = {n: known.get(n) or LayerCurvature.empty(self.of(n), layer) for n, layer in self.layers.items()}
+        saved = kept if kept is not None and not joined else (lambda layer: {})
+        layers = {n: known.get(n) or self._begun(n, saved(layer)) for n, layer in self.layers.items()}
         return State(layers, self._couple(layers))
 
     def restored(self, states: Mapping[str, dict[str, Any]]) -> State:
         """The state that a checkpoint holds, layer by layer."""
-        empty, known = self.filled(State()), {name for name in states if "observations" in states[name]}
-        layers = {name: c.with_state(states[name], name) if name in known else c for name, c in empty.items()}
-        layers = {name: c.prepared(self.fast(name)) for name, c in layers.items()}
-        return State(layers, self._couple(layers))
+        return self.filled(State(), lambda layer: states.get(layer.name, {}))
+
+    def _begun(self, name: str, kept: Mapping[str, Any]) -> LayerCurvature:
+        layer = self.layers[name]
+        curvature = LayerCurvature.empty(self.of(name), layer)
+        if "observations" not in kept or kept.get("momentum", curvature.inverse).shape != layer.shape:
+            return curvature.prepared(self.fast(name))
+        return curvature.with_state(kept, name).prepared(self.fast(name))
 
     def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
         """The state after the observation and the refresh that are due at this step."""

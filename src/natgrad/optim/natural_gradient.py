@@ -138,7 +138,7 @@ class NaturalGradient(torch.optim.Optimizer):
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
-        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "uses": {}}
+        self.param_groups[0]["clock"] = new_clock(self.damping.initial)
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
         self._learnt: tuple[Any, Any] = ({}, held)
@@ -147,9 +147,16 @@ class NaturalGradient(torch.optim.Optimizer):
         self._now = State()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
-        watched = {"exclude": tuple(exclude), "wide": wide, "calls": tuple(calls), "batch_dim": batch_dim, "mask": mask}
+        watched: dict[str, Any] = {
+            "exclude": tuple(exclude),
+            "wide": wide,
+            "calls": tuple(calls),
+            "batch_dim": batch_dim,
+            "mask": mask,
+        }
         self._engine = Engine(model, labels, not observe_in_eval, lasting=False, **watched)
         self._engine.close_with(self)
+        self.param_groups[0]["uses"] = self._engine.inventory.saved()
         self._engine.keep_inputs = step_size.needs_inputs
         self._arm()
 
@@ -414,7 +421,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _kept(self, layer: Layer) -> dict[str, Any]:
         """What the state holds of a layer."""
-        state = self.state[layer.parameters[0]]
+        state = self.state.get(layer.parameters[0], {})
         return {name.removeprefix(layer.slot): value for name, value in state.items() if name.startswith(layer.slot)}
 
     def _rest(self, names: list[str]) -> Tensor | None:

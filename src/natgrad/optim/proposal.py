@@ -80,8 +80,15 @@ def remember_layer(layer: Layer, curvature: LayerCurvature, state: MutableMappin
         state.setdefault(p, {})
     own, momentum = state[weight], f"{layer.slot}momentum"
     own.update({f"{layer.slot}{name}": value for name, value in curvature.state().items()})
-    if momentum not in own or own[momentum].numel() != curvature.inverse.shape.numel():
+    if momentum not in own or own[momentum].shape != layer.shape:
         own[momentum] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
+
+
+def without_blanks(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Drop what flat checkpoints give for names that they lack: empty dicts."""
+    for own in state.values():
+        for name in [name for name, value in own.items() if isinstance(value, dict)]:
+            del own[name]
 
 
 def restore_dtypes(groups: Iterable[Mapping[str, Any]], state: Mapping[Any, dict[str, Any]], saved: Any) -> None:
