@@ -22,7 +22,7 @@ EVERYTHING = slice(None)
 
 
 def record_of(model: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Record, Tensor, Mapping[str, Layer]]:
-    """The record of one forward pass, of half the square to y or of the user's backward pass; the output, the layers."""
+    """The record of a pass, of half the square to y or of the user's backward pass; its output, and the layers."""
     labels = None if y is None else Labels(Gaussian(), "empirical", targets=y)
     with armed(model, labels) as engine:
         output = model(x)

@@ -25,7 +25,6 @@ from natgrad import (
     Tselepidis,
     TwoLevel,
 )
-from natgrad.layers import expected
 from natgrad.look import look
 from natgrad.matrix import Grouped
 from oracles import assert_equal, ggn

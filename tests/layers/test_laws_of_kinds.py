@@ -11,8 +11,8 @@ import torch
 from test_attention import Attend
 from test_embedding import Tokens
 from test_kinds import KINDS, vectors
-from test_recurrent import Read, Steps
 from test_own_weights import ByLinear, FromTheRight
+from test_recurrent import Read, Steps
 from test_ties import ByMatmul, Flattened, Language, Tower, WrittenWithBias
 from torch import Tensor, nn
 

@@ -42,7 +42,7 @@ class Form(ABC):
 
     @abstractmethod
     def inputs(self, x: Tensor, biased: bool) -> Tensor:
-        """What was read, (n, ...), as a (*groups, n, t, in); with the input of the bias as last column if ``biased``."""
+        """What was read, (n, ...), as a (*groups, n, t, in); with the input of the bias last, if ``biased``."""
 
     @abstractmethod
     def outputs(self, y: Tensor) -> Tensor:

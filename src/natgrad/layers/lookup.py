@@ -61,7 +61,7 @@ class Lookup(Form):
 @form
 @dataclass(frozen=True)
 class BagLookup(Lookup):
-    """The same for sums of rows. x is int64 (n, ..., k, 2): the ids of every bag, and the bits of their float64 weights.
+    """The same for sums of rows. x is int64 (n, ..., k, 2): the ids of a bag, and the bits of their float64 weights.
 
     Two tokens of one bag do meet, so that a diagonal input side is an approximation here.
     """

@@ -36,8 +36,8 @@ class Call:
 
     ``x`` is (positions..., *inner); ``read`` brings the output, or its gradient, into the form (positions...,
     *outer), one gradient for every seed. ``kept`` (positions...) says which positions exist, where not all do.
-    ``version`` is that of the input when it was read. ``spread`` are the positions at which the bias is added. ``first``:
-    the examples are known to be the first dimension of the positions.
+    ``version`` is that of the input when it was read. ``spread`` are the positions at which the bias is added.
+    ``first``: the examples are known to be the first dimension of the positions.
     """
 
     weight: Operand
