@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.overrides import _get_current_function_mode_stack
 from training import Batch, OwnNorm, batch, copy_of, network, noise, same, through_a_file, values
 
 from natgrad import FNGD, KFAC, Categorical, NaturalGradient
@@ -534,14 +535,16 @@ def test_parameters_that_are_unfrozen_later_can_be_added(after: int) -> None:
     model: Any = network()
     model[3].requires_grad_(False)
     optimizer = optimizer_of(model)
-    assert list(optimizer.layers) == ["0"]
+    assert "3" not in optimizer.layers
     train(model, optimizer, range(after))
+    assert list(optimizer.layers) == ["0"]
     model[3].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[3].parameters()), "lr": 1e-2})
-    assert list(optimizer.layers) == ["0", "3"]
+    assert optimizer.param_groups[-1]["rule"] == "natural"
     optimizer.load_state_dict(copy_of(optimizer))  # which knows nothing of them yet
     before = snapshot(model)
     train(model, optimizer, range(after, STEPS))
+    assert list(optimizer.layers) == (["0", "3"] if after < PHASE else ["0"])
     assert not torch.equal(model[3].weight, before["3.weight"])
     assert ("exp_avg" in optimizer.state[model[3].weight]) == (after > PHASE)  # too late for its coefficients
 
@@ -577,10 +580,11 @@ def test_the_text_says_what_becomes_of_every_parameter() -> None:
     model = network()
     optimizer = optimizer_of(model, exclude=["3"])
     text = repr(optimizer)
-    assert "Linear; not seen yet" in text and "excluded" in text and "no adapter for OwnNorm" in text
+    assert "Linear; not seen yet" in text and "excluded" in text and "expected before the first pass" in text
     train(model, optimizer, range(PHASE))
+    assert "used by abs: no rule" in repr(optimizer)
     row = next(line for line in repr(optimizer).splitlines() if line.startswith("0 "))
-    assert row.split() == ["0", "6", "x", "6", "weighted", "sum", "36", "0.0", "MB", "0", "FLOP", "0", "FLOP", "Linear"]
+    assert row.split() == ["0", "6", "x", "6", "weighted", "sum", "36", "0.0", "MB", "0", "FLOP", "0", "FLOP", "linear"]
     assert repr(optimizer).splitlines()[-1].startswith("52.2 % of 69 trained parameters have curvature")
 
 
@@ -603,19 +607,105 @@ def test_a_layer_that_the_first_phase_does_not_see_is_named_once_or_refused() ->
             self.seen, self.aside = nn.Linear(5, 3), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.seen(x) + F.linear(x, *self.aside.parameters())
+            return self.seen(x)
+
+    def step(model: Any, optimizer: FNGD, number: int) -> None:
+        optimizer.zero_grad()
+        x, y = data(number)
+        F.cross_entropy(model(x) + model.aside(x), y).backward()
+        optimizer.step()
 
     for strict in (False, True):
         model = Aside()
         optimizer = optimizer_of(model, strict=strict)
         if strict:
             with pytest.raises(RuntimeError, match="not observed: aside"):
-                train(model, optimizer, [0])
+                step(model, optimizer, 0)
         else:
-            with pytest.warns(UserWarning, match="not observed: aside; AdamW steps them"):
-                train(model, optimizer, [0])
-            train(model, optimizer, range(1, STEPS))
-            assert "not seen: AdamW" in repr(optimizer)
+            with pytest.warns(UserWarning, match="not observed: aside.weight, aside.bias; AdamW steps them"):
+                step(model, optimizer, 0)
+            for number in range(1, STEPS):
+                step(model, optimizer, number)
+            assert "not used in what was seen" in repr(optimizer) and "exp_avg" in optimizer.state[model.aside.weight]
+
+
+class Kinds(nn.Module):
+    """Tokens, a norm, a packed attention, a weight used both ways round, and one that no example reaches alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.norm = nn.Embedding(7, 4), nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.both, self.prior, self.head = nn.Linear(4, 6), nn.Linear(2, 4), nn.Linear(4, 3)
+        self.register_buffer("base", torch.randn(11, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.tokens((10 * x).long().abs() % 7))
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        h = torch.tanh(self.both(h)) @ self.both.weight
+        return self.head(h.mean(1) + self.prior(self.base).mean(0))
+
+
+def test_what_fngd_cannot_weigh_is_left_to_adamw_or_has_the_mean_coefficient_and_says_why() -> None:
+    model = Kinds()
+    optimizer = optimizer_of(model, adamw={"lr": 0.01})
+    train(model, optimizer, range(PHASE + 2))
+    assert sorted(optimizer.layers) == ["attention.out_proj", "both.bias", "head", "norm"]
+    left = {
+        name: optimizer.uncovered[name]
+        for name in ("tokens.weight", "attention.in_proj_weight", "both.weight", "prior.weight")
+    }
+    assert left == {
+        "tokens.weight": "embedding; FNGD has no rule for tokens",
+        "attention.in_proj_weight": "linear; FNGD has no rule for a part of a parameter",
+        "both.weight": "linear, matmul; FNGD has no rule for weights that are used both ways round",
+        "prior.weight": "linear; FNGD has no rule for operations whose examples are not told apart",
+    }
+    for name, p in model.named_parameters():
+        assert ("exp_avg" in optimizer.state[p]) == (name in optimizer.uncovered)
+    rows = {line.split()[0]: line for line in repr(optimizer).splitlines()}
+    assert rows["norm"].endswith("layer_norm; all examples by the mean coefficient")
+    assert rows["head"].endswith("linear")
+
+
+def test_a_run_with_layers_that_are_left_to_adamw_resumes_bit_for_bit() -> None:
+    def run(breaks: Sequence[int]) -> Any:
+        model = Kinds()
+        optimizer = optimizer_of(model, momentum=0.9)
+        for step in range(STEPS):
+            if step in breaks:
+                saved = through_a_file((model.state_dict(), optimizer.state_dict()))
+                model = Kinds()
+                optimizer = optimizer_of(model, momentum=0.9)
+                model.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+            train(model, optimizer, [step])
+        return values(model), copy_of(optimizer)
+
+    assert same(run((2, PHASE, PHASE + 2)), run(()))
+
+
+@pytest.mark.parametrize("at", [1, PHASE + 1])
+def test_an_interrupted_pass_is_forgotten_in_both_phases(at: int) -> None:
+    found = []
+    for interrupted in (False, True):
+        model = network()
+        optimizer = optimizer_of(model, momentum=0.9)
+        for step in range(STEPS):
+            if interrupted and step == at:
+                handle = model[3].register_forward_pre_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    model(data(step)[0])
+                handle.remove()
+                assert not _get_current_function_mode_stack()
+            train(model, optimizer, [step])
+        found.append(values(model))
+    assert same(*found)
+
+
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # Bad input.
@@ -644,9 +734,12 @@ def test_a_setting_out_of_range_is_refused_by_its_name_and_leaves_the_model_alon
 
 
 def test_strict_refuses_what_adamw_would_step() -> None:
-    with pytest.raises(ValueError, match=r"strict=True, but 2 .*2.weight \(no adapter for OwnNorm\)"):
-        optimizer_of(network(), strict=True)
-    optimizer_of(network(), strict=True, exclude=["2"])
+    model = network()
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"2.weight \(used by abs: no rule\), 2.bias \(used by tanh: no rule\)"):
+        train(model, optimizer_of(model, strict=True), [0])
+    assert same(values(model), before)
+    train(model, optimizer_of(model, strict=True, exclude=["2"]), range(STEPS))
 
 
 @pytest.mark.parametrize("after", [0, PHASE + 1])

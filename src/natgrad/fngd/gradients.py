@@ -1,55 +1,58 @@
-"""Gradients of a layer in which every example has a weight, without the gradient of any example."""
+"""Gradients of an operation in which every example has a weight, without the gradient of any example."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
-from natgrad.layers import Layer
-from natgrad.layers.conv import ConvAdapter
-from natgrad.layers.linear import LinearAdapter
-
-
-def weighted_gradients(layer: Layer, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-    """Gradients of sum_n w_n <forward(x)_n, g_n> in the parameters of the layer; x and g have their examples first."""
-    if isinstance(layer.adapter, LinearAdapter):
-        return _of_linear(layer, x, g, w)
-    if isinstance(layer.adapter, ConvAdapter):
-        return _of_convolution(layer, x, g, w)
-    return by_autograd(layer, x, g, w)
+from natgrad.layers import Form
+from natgrad.layers.convolution import Convolution, TransposedConvolution
+from natgrad.layers.product import Product
 
 
-def by_autograd(layer: Layer, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-    """The same for any layer, at the price of a forward pass."""
+def weighted_operand(form: Form, x: Tensor, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of sum_n w_n <s_n, g_n> in the operand, of this shape; x and g have their examples first."""
+    if type(form) is Product and not form.groups:
+        return _of_product(form, x, g, w, shape)
+    if isinstance(form, Convolution):
+        return _of_convolution(form, x, g, w, shape)
+    return by_autograd(form, x, g, w, shape)
+
+
+def weighted_bias(form: Form, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    """The same in the bias, of this shape: w^T g, summed over positions."""
+    total = (w @ g.flatten(1)).view(1, *g.shape[1:])
+    features = form.features(total)
+    return features.reshape(-1, features.shape[-1]).sum(0).view(shape)
+
+
+def by_autograd(form: Form, x: Tensor, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    """That in the operand for any form, at the price of a forward pass; its values are of no account."""
     with torch.enable_grad():
-        tensors = [p.detach().requires_grad_() for p in layer.parameters]
-        y = layer.adapter.forward(layer.module, tensors, x.detach())
-        return list(torch.autograd.grad(y, tensors, g * _along(w, g)))
+        operand = g.new_zeros(shape, requires_grad=True)
+        y = form.product(operand, None, x.detach())
+        return torch.autograd.grad(y, operand, g * _along(w, g))[0]
 
 
-def _of_linear(layer: Layer, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-    """g^T diag(w) x, and g^T w."""
+def _of_product(form: Product, x: Tensor, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    """g^T diag(w) x."""
     y, h = _weighed(x, g, w)
-    weight = layer.adapter.from_matrix(layer.module, h.flatten(0, -2).mT @ y.flatten(0, -2))
-    return [weight, *((w @ g.flatten(1)).view(-1, g.shape[-1]).sum(0) for _ in layer.parameters[1:])]
+    return form.operand(h.flatten(0, -2).mT @ y.flatten(0, -2), shape)
 
 
-def _of_convolution(layer: Layer, x: Tensor, g: Tensor, w: Tensor) -> list[Tensor]:
-    """The backward pass of the convolution in its weight, and the weighted sum of g."""
-    module = layer.module
-    assert isinstance(module, _ConvNd)
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode), (0,) * len(module.kernel_size)
-    y, h = _weighed(x, g, w)
-    weight = torch.ops.aten.convolution_backward(
-        h, y, module.weight.to(g.dtype), None, module.stride, padding, module.dilation, module.transposed,
-        module.output_padding, module.groups, [False, True, False],
+def _of_convolution(form: Convolution, x: Tensor, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    """The backward pass of the convolution in its weight."""
+    y, h = (z.flatten(0, -form.inner - 1) for z in _weighed(x, g, w))
+    padding = [before for before, _ in form.padding]
+    if any(before != after for before, after in form.padding):
+        y, padding = F.pad(y, [side for pair in reversed(form.padding) for side in pair]), [0] * len(padding)
+    transposed = isinstance(form, TransposedConvolution)
+    more = form.more if isinstance(form, TransposedConvolution) else (0,) * len(padding)
+    return torch.ops.aten.convolution_backward(
+        h, y, g.new_empty(shape), None, form.stride, padding, form.dilation, transposed, more, form.count,
+        [False, True, False],
     )[1]  # fmt: skip
-    return [weight, *((w @ g.flatten(1)).view(module.out_channels, -1).sum(1) for _ in layer.parameters[1:])]
 
 
 def _weighed(x: Tensor, g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from natgrad.engine import Engine
 from natgrad.fngd.coefficients import Coefficients, PositionMean
 from natgrad.fngd.first_phase import FirstPhase, Learnt, Share
+from natgrad.fngd.kinds import fit, shared, turned
 from natgrad.fngd.report import report
 from natgrad.fngd.step import Move, take
 from natgrad.fngd.system import System, Unit
 from natgrad.fngd.table import Table
 from natgrad.fngd.validate import check_settings, checked_ids
-from natgrad.fngd.weighting import Weighting
-from natgrad.layers import Coverage, Layer, cover
+from natgrad.fngd.weighting import Plan, Weighting
+from natgrad.layers import Coverage, Layer, expected
 from natgrad.optim.adamw import DEFAULTS, adamw_step
-from natgrad.optim.fallback import Watch, refuse
+from natgrad.optim.fallback import Watch
 from natgrad.optim.finiteness import finiteness, norm
-from natgrad.optim.groups import adamw_settings, build_groups, extended
+from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.proposal import restore_dtypes
 from natgrad.optim.step_size import read_once
 from natgrad.record import Record
@@ -40,8 +41,9 @@ class FNGD(torch.optim.Optimizer):
     example that the first phase did not see, and a pass in ``eval()`` mode, weigh 1.
 
     The training loop is the usual one; the loss must be a mean over examples, and an incomplete batch has the first
-    coefficients. The groups of a convolution share c. Layers that are called as modules follow FNGD, tokens, shared
-    weights and all else AdamW; ``print(optimizer)`` says which is which, and why.
+    coefficients. The groups of a convolution share c. Weights that are used whole, at positions of the examples, follow
+    FNGD, tokens and all else AdamW; where an operation cannot weigh its examples, as a norm, all have the mean
+    coefficient of the layer. ``print(optimizer)`` says which is which, and why.
 
     Cost: N^2 (in + out) and N^3 / 3 flops a layer in a step of the first phase, which also keeps a and g; after it a
     product of g or x with N numbers. Memory beside one direction: two numbers a layer for every slot of the table.
@@ -67,7 +69,7 @@ class FNGD(torch.optim.Optimizer):
         adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``; ``False`` leaves the parameters
             that FNGD does not step to an optimizer of your own.
         grad_scaler: the ``GradScaler`` in use.
-        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name: here, or once a step shows it.
+        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it.
 
     Raises:
         TypeError, ValueError: for a setting of the wrong kind or outside its range, before anything is changed.
@@ -100,19 +102,20 @@ class FNGD(torch.optim.Optimizer):
         check_settings(locals())
         self._first = FirstPhase(System(mu, unit, normalise), coefficients, share)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        self._cover = partial(_covered, model, tuple(exclude))
-        found = self._cover()
-        if strict:
-            refuse(found.uncovered)
-        self.model, self.layers, self.uncovered = model, found.layers, found.uncovered
-        self.first_phase, self.coefficients = first_phase, coefficients
-        super().__init__(build_groups(model.parameters(), found.layers, natural, adamw, groups), natural)
-        self.param_groups[0]["clock"] = {"steps": 0, "skipped": 0}
-        self._adamw, self._scaler, self._watch = {**DEFAULTS, **(adamw or {})}, grad_scaler, Watch(strict)
-        self._engine = Engine(model, found.layers.values())
+        self._expected = expected(model, tuple(exclude), wide=None)
+        self.model, self.first_phase, self.coefficients = model, first_phase, coefficients
+        super().__init__(build_groups(model, fit(model, self._expected), natural, adamw, groups), natural)
+        held = self._held()
+        elsewhere = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        self._adamw, self._scaler, self._watch = {**DEFAULTS, **(adamw or {})}, grad_scaler, Watch(strict, elsewhere)
+        self._engine = Engine(model, lasting=False, exclude=tuple(exclude), wide=None)
         self._engine.close_with(self)
-        self._weighting = Weighting(model, coefficients.needs_ids)
+        uses = self._engine.inventory.saved()
+        self.param_groups[0] |= {"clock": {"steps": 0, "skipped": 0}, "uses": uses, "apart": {}}
+        self._weighting = Weighting(model, coefficients.needs_ids, self._engine)
         self._weighting.close_with(self)
+        self._learnt: Any = None  # of which state of the inventory and the groups these layers are
+        self._layers: Mapping[str, Layer] = {}
         self._enter_phase()
         self._arm()
 
@@ -128,10 +131,21 @@ class FNGD(torch.optim.Optimizer):
         """Whether the coming step solves for its coefficients."""
         return self.coefficients.learns(self.steps, self.first_phase)
 
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers that FNGD steps, as far as they have been seen; before the first pass those that are expected."""
+        return self._covered.layers
+
+    @property
+    def uncovered(self) -> Mapping[str, str]:
+        """The trained parameters that are in none, and why."""
+        return self._covered.uncovered
+
     def statistics(self) -> dict[str, float]:
         """Numbers to log, of the last step and in total; reading them may wait for the device."""
         momenta = [state["momentum"] for state in self.state.values() if "momentum" in state]
-        gradients = [p.grad for group in self._natural for p in group["params"] if p.grad is not None]
+        parameters = [p for layer in self._layers.values() for p in layer.parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         lengths = {"gradient_norm": norm(gradients), "direction_norm": norm(momenta)}
         return {**{name: float(value) for name, value in self._clock.items()}, **lengths}
 
@@ -142,8 +156,10 @@ class FNGD(torch.optim.Optimizer):
             self._weighting.ids = ids
 
     def __repr__(self) -> str:
-        rest = "AdamW" if any(group["rule"] == "adamw" for group in self.param_groups) else "another optimizer"
-        return str(report(self.model, self._covered, self._tables() if self.state else {}, self._engine.unread, rest))
+        found, held = self._covered, self._held()
+        tables = {name: self._table(layer) for name, layer in found.layers.items()} if self.state else {}
+        others = [name for name, p in self.model.named_parameters() if id(p) not in held]
+        return str(report(self.model, found, tables, self._weighting.plan.alike, others))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since; AdamW steps them after the first phase.
@@ -153,14 +169,11 @@ class FNGD(torch.optim.Optimizer):
         """
         if "rule" in param_group:  # as build_groups makes them
             return super().add_param_group(param_group)
-        settings = self.defaults, self._adamw
-        groups, found = extended(self.model, self.param_groups, self._covered, self._cover(), param_group, *settings)
-        new = [layer for name, layer in found.layers.items() if name not in self.layers]
-        for group in groups:
+        inventory = self._engine.inventory
+        inventory.refresh()
+        for group in extended(self.model, self.param_groups, inventory, param_group, self.defaults, self._adamw):
             super().add_param_group(group)
-        self.layers, self.uncovered = found.layers, found.uncovered
-        self._engine.watch(new)
-        self._enter_phase()
+        self._expected = expected(self.model, inventory.exclude, wide=None)
 
     # One step.
 
@@ -178,6 +191,7 @@ class FNGD(torch.optim.Optimizer):
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
         """
         loss = self._evaluate(closure)
+        self._learn_layers()
         for p in self.model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
@@ -211,16 +225,17 @@ class FNGD(torch.optim.Optimizer):
         scale = sum(record.examples() for record in records)  # gradients of a mean as those of a sum
         for record in records:
             record.scale = scale / (self._scaler.get_scale() if self._scaler is not None else 1.0)
+        self._set_apart(shared(records))
         tables = self._tables()
-        learnt = self._first.learn(self.layers, tables, records, self._place, self._weighting.told)
-        unseen = [name for name in self.layers if name not in learnt and not tables[name].known]
-        self._watch(self.model, self._covered, unseen, self.param_groups, self._engine.unread)
+        learnt = self._first.learn(self._layers, tables, records, self._place, self._weighting.told)
+        known = [name for name in self._layers if name in learnt or tables[name].known]
+        self._watch(self.model, replace(self._covered, layers=self._layers), known, self.param_groups)
         return learnt
 
     def _moves(self, learnt: Mapping[str, Learnt]) -> dict[str, Move]:
         """The directions of all layers that have a gradient and coefficients."""
         moves = {}
-        for name, layer in self.layers.items():
+        for name, layer in self._layers.items():
             if not layer.has_gradient:
                 continue
             if name in learnt:
@@ -233,7 +248,7 @@ class FNGD(torch.optim.Optimizer):
     def _scale(self, name: str) -> float | None:
         """By what the gradient of a layer makes a direction, N mean c; ``None`` where it has no coefficients."""
         if name not in self._multiples:
-            table = self._table(self.layers[name])
+            table = self._table(self._layers[name])
             return float(table.scale) if table.known else None
         return self._multiples[name]
 
@@ -243,15 +258,14 @@ class FNGD(torch.optim.Optimizer):
         return found is None or math.isfinite(found)
 
     def _apply(self, learnt: Mapping[str, Learnt], moves: Mapping[str, Move]) -> None:
-        for name, layer in self.layers.items():
+        for name, layer in self._layers.items():
             self._remember(layer, learnt[name].table if name in learnt else self._table(layer))
-        settings = {id(p): group for group in self._natural for p in group["params"]}
-        for name, layer in self.layers.items():
-            take(layer, moves.get(name), self.state, settings[id(layer.parameters[0])])
+        for name, layer in self._layers.items():
+            take(layer, moves.get(name), self.state, self._settings)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 adamw_step(group["params"], self.state, group)
-        moved = {id(p) for name in moves for p in self.layers[name].parameters}
+        moved = {id(p) for name in moves for p in self._layers[name].parameters}
         for group in self._natural:
             if group["lr"]:
                 unseen = [p for p in group["params"] if id(p) not in moved]
@@ -265,7 +279,34 @@ class FNGD(torch.optim.Optimizer):
 
     @property
     def _covered(self) -> Coverage:
-        return Coverage(self.layers, self.uncovered)
+        inventory, apart = self._engine.inventory, self.param_groups[0]["apart"]
+        seen = inventory.facts or inventory.strays
+        found, both = (inventory.coverage(), turned(inventory)) if seen else (self._expected, {})
+        return fit(self.model, within(found, self.model, self._held()), {**both, **apart})
+
+    def _held(self) -> frozenset[int]:
+        return frozenset(id(p) for group in self.param_groups for p in group["params"])
+
+    def _learn_layers(self) -> None:
+        """Take over the layers that passes have shown since the last step."""
+        inventory = self._engine.inventory
+        inventory.add(())  # what is trained may have changed
+        now = inventory.layers, self._held(), self.param_groups[0]["apart"]
+        if self._learnt is None or self._learnt[0] is not now[0] or self._learnt[1:] != now[1:]:
+            self._learnt, self.param_groups[0]["uses"] = now, inventory.saved()
+            self._layers = self._covered.layers if inventory.layers else {}
+            self._enter_phase()
+
+    def _set_apart(self, reasons: Mapping[str, str]) -> None:
+        """Leave layers to AdamW from now on."""
+        new = {name: why for name, why in reasons.items() if name in self._layers}
+        self.param_groups[0]["apart"] = {**self.param_groups[0]["apart"], **new}
+        self._learn_layers()
+
+    @property
+    def _settings(self) -> dict[int, dict[str, Any]]:
+        """The groups of the parameters that FNGD has, by the ids of these."""
+        return {id(p): group for group in self._natural for p in group["params"]}
 
     @property
     def _natural(self) -> list[dict[str, Any]]:
@@ -277,7 +318,7 @@ class FNGD(torch.optim.Optimizer):
         return self.steps % self.first_phase
 
     def _tables(self) -> dict[str, Table]:
-        return {name: self._table(layer) for name, layer in self.layers.items()}
+        return {name: self._table(layer) for name, layer in self._layers.items()}
 
     def _table(self, layer: Layer) -> Table:
         """What the state holds of a layer, or an empty table."""
@@ -298,12 +339,13 @@ class FNGD(torch.optim.Optimizer):
         self._multiples = read_once({name: table.scale for name, table in tables.items()})
         weights = {name: table.weights(self.coefficients) for name, table in tables.items()}
         known = {name: found for name, found in weights.items() if found is not None}
-        watched = self.layers if self.coefficients.needs_ids else known
-        self._weighting.watch([self.layers[name] for name in watched], known)
+        self._weighting.follow(Plan(self._layers, known, tuple(self._engine.inventory.watched)))
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed."""
         self._engine.armed = self.learns
+        self._engine.attach()
+        self._weighting.attach()
         self._engine.begin()
         self._weighting.begin(self._place)
 
@@ -314,18 +356,30 @@ class FNGD(torch.optim.Optimizer):
 
         Raises ``ValueError`` for one of another optimizer, and then changes nothing.
         """
-        before = {"state": self.state, "param_groups": self.param_groups}
+        before, uses = {"state": self.state, "param_groups": self.param_groups}, self._engine.inventory.saved()
         super().load_state_dict(state_dict)
-        restore_dtypes(self.param_groups, self.state, state_dict)
-        clock = self.param_groups[0].get("clock", {})
-        layers = [name for name, layer in self.layers.items() if not self._holds(layer)]
-        if layers or clock.keys() != {"steps", "skipped"}:
+        try:
+            restore_dtypes(self.param_groups, self.state, state_dict)
+            self._restore()
+        except ValueError:
             self.__setstate__(before)
-            raise ValueError(
-                f"the checkpoint is of another optimizer or version; it lacks {', '.join(layers) or 'steps'}"
-            )
-        self._enter_phase()
+            self._engine.inventory.restore(uses)
+            self._learnt = None
+            self._learn_layers()
+            raise
         self._arm()
+
+    def _restore(self) -> None:
+        """Take over what a checkpoint says of the layers."""
+        other = "the checkpoint is of another optimizer or version; it lacks "
+        if self.param_groups[0].get("clock", {}).keys() != {"steps", "skipped"} or "apart" not in self.param_groups[0]:
+            raise ValueError(f"{other}steps")
+        self._engine.inventory.restore(self.param_groups[0]["uses"])
+        self._learnt = None
+        self._learn_layers()
+        lacking = [name for name, layer in self._layers.items() if not self._holds(layer)]
+        if lacking:
+            raise ValueError(other + ", ".join(lacking))
 
     def _holds(self, layer: Layer) -> bool:
         """Whether the state is that of a layer under FNGD, or there is none."""
@@ -336,8 +390,3 @@ class FNGD(torch.optim.Optimizer):
 def _names(layer: Layer) -> tuple[str, str]:
     """What the table of a layer is called in the state of its weight."""
     return f"{layer.slot}total", f"{layer.slot}seen"
-
-
-def _covered(model: nn.Module, exclude: Iterable[str]) -> Coverage:
-    reason = "FNGD has no form for tokens and shared weights"
-    return cover(model, exclude, functional=False, wide=None).only(model, ["plain"], reason)
