@@ -9,25 +9,25 @@ if it fills the ``.grad`` of the weight.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from natgrad.capture import Examples
 from natgrad.calls import release_calls, watch_calls
+from natgrad.capture import Examples
 from natgrad.hooks import Quiet, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
 from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
 from natgrad.operations import Call, Operand, Watch
 from natgrad.record import Record
 from natgrad.rows import rows_of
-
 
 Mask = str | Callable[..., Tensor | None] | None
 """Which positions (n, t) of the examples exist: the name of an argument of the model, or a function of all of them."""
@@ -65,6 +65,7 @@ class Engine:
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
         self._taps: list[Any] = []
         self._methods, self._running = tuple(calls), False
+        self._once: bool | None = None
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self.around = out_of_graph(self._around)
         self.attach()
@@ -135,6 +136,8 @@ class Engine:
             return call(*args, **kwargs)
         self._outside = torch._C._current_graph_task_id() == -1
         record = Record(which=self._which)
+        if self._once is not False and self.labels is not None:
+            record.random = torch.random.get_rng_state()
         with as_written():
             leaves = tree_leaves((args, kwargs))
             watch = Watch(self.inventory.watched, self._noting(record), () if self._lasting else leaves)
@@ -145,7 +148,7 @@ class Engine:
             finally:
                 self._running = False
             if watch.calls or watch.strays:
-                self._finish(record, watch, args, kwargs, output)
+                self._finish(record, watch, call, args, kwargs, output)
         return output
 
     def _wanted(self) -> bool:
@@ -157,7 +160,7 @@ class Engine:
         return not (inside and self._outside)
 
     def _noting(self, record: Record) -> Callable[[Call, Tensor], None]:
-        """Without labels, take the gradients of the user's backward pass as they come by; with them, see that it comes."""
+        """Take the gradients of the user's backward pass as they come by; with labels, see that it comes."""
         if self.labels is not None:
             alive = Quiet(partial(self._alive, record))
             return lambda call, y: y.register_hook(alive)
@@ -180,7 +183,15 @@ class Engine:
             self._records.append(record)
         record.tasks.add(task)
 
-    def _finish(self, record: Record, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _finish(
+        self,
+        record: Record,
+        watch: Watch,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
         """Make a record of what was seen in a pass."""
         record.mask = self._exists(args, kwargs)
         reached: set[int] = set()
@@ -193,7 +204,8 @@ class Engine:
             selected = self.labels.select(output)
             outputs = selected if isinstance(selected, tuple) else (selected,)
             record.rows = rows_of(self._batch_dim, leaves, outputs, watch)
-            reached = self._send_back(record, watch, selected, self.labels)
+            again = partial(self._again, record, call, args, kwargs) if self._runs_once(outputs) else None
+            reached = self._send_back(record, watch, selected, self.labels, again)
         record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
             record.inputs = args, kwargs
@@ -244,8 +256,39 @@ class Engine:
                 if own is not None:
                     record.add(alone, *own)
 
-    def _send_back(self, record: Record, watch: Watch, selected: Any, labels: Labels) -> set[int]:
-        """Give the calls the gradients of the seeds; returns which strays the outputs depend on."""
+    def _runs_once(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether the graph has functions of a user, whose backward may not run more than once."""
+        if self._once is None:
+            self._once = any(isinstance(node, BackwardCFunction) for node in _nodes(outputs))
+        return self._once
+
+    def _again(
+        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[GradientEdge | None]]:
+        """The outputs and the edges of the same pass in a graph of its own, random numbers and buffers as they were."""
+        assert self.labels is not None
+        buffers = [(b, b.clone()) for b in self._model.buffers()]
+        with torch.random.fork_rng():
+            torch.random.set_rng_state(record.random)
+            with quiet(self._model), Watch(self.inventory.watched) as watch:
+                selected = self.labels.select(call(*args, **kwargs))
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return selected, [one.edge for one in watch.calls]
+
+    def _send_back(
+        self,
+        record: Record,
+        watch: Watch,
+        selected: Any,
+        labels: Labels,
+        again: Callable[[], tuple[Any, list[GradientEdge | None]]] | None = None,
+    ) -> set[int]:
+        """Give the calls the gradients of the seeds; returns which strays the outputs depend on.
+
+        Every seed goes through the graph of the user's pass, or if that is ``again`` through one of its own.
+        """
         outputs, rows = selected if isinstance(selected, tuple) else (selected,), record.rows
         strays = {k: get_gradient_edge(y) for k, (_, _, y) in enumerate(watch.strays) if y is not None}
         edges = [call.edge for call in watch.calls]
@@ -265,6 +308,9 @@ class Engine:
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
                 if record.mask is not None and _masks(record.mask, whole):
                     seeds = (rows.turned(_masked(rows.turned(seeds[0]), record.mask)),)
+                if again is not None:
+                    fresh, edges = again()
+                    outputs, strays = fresh if isinstance(fresh, tuple) else (fresh,), {}
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]
                 gradients = torch.autograd.grad(
                     [outputs[k] for k in tracked],
@@ -278,6 +324,17 @@ class Engine:
                 reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of a graph."""
+    stack, known = [x.grad_fn for x in outputs], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            yield node
+            stack += [following for following, _ in node.next_functions]
 
 
 def _masks(mask: Tensor, output: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from natgrad.hooks import as_written
 from natgrad.layers import WIDE, Inventory
 from natgrad.operations import Watch
 
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which shouts at what is tried here
+
 
 def look(
     model: nn.Module,
@@ -34,14 +37,18 @@ def look(
     """
     inventory = Inventory(model, tuple(exclude), wide)
     kwargs = dict(kwargs or {})
+    quiet = _LOG.disabled
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             warnings.simplefilter("ignore")  # of torch, which looks at gradients
+            _LOG.disabled = True
             _pass(inventory, method, *tree_map(lambda x: _faked(fake, x), (tuple(args), kwargs)), fake)
-    except Exception:
+    except Exception:  # of a model that reads values
         inventory = Inventory(model, tuple(exclude), wide)
         with torch.random.fork_rng():
             _pass(inventory, method, tuple(args), kwargs, None)
+    finally:
+        _LOG.disabled = quiet
     return inventory
 
 

@@ -73,6 +73,7 @@ class Record:
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     targets: Any = None
     mask: Tensor | None = None
+    random: Tensor = field(default_factory=lambda: torch.empty(0))
     tasks: set[int] = field(default_factory=set)
     _by_task: list[tuple[Call, dict[int, Tensor]]] = field(default_factory=list)
 
@@ -148,8 +149,8 @@ class Record:
             for call in (use.call for use in uses):
                 if call.x._version != call.version:
                     raise RuntimeError(
-                        f"layer {name!r}: the input of its {call.operation} was changed in place after the pass, before "
-                        "step(): change a copy, or change it after step()"
+                        f"layer {name!r}: the input of its {call.operation} was changed in place between the pass "
+                        "and step(): change a copy, or change it after step()"
                     )
 
     def _counted(self, n: int, of: int) -> float | Tensor:
