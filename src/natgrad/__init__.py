@@ -32,12 +32,12 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
+
 try:
     from natgrad.fngd import FNGD
 except ImportError:  # temporary
     FNGD = None
 from natgrad.jets import Jets
-
 from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum
 from natgrad.optim import (
     AdaptiveKLLimit,

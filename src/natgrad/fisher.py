@@ -73,9 +73,10 @@ def fisher(
     labels = Labels(likelihood, estimator, draws)
     if approximation.corrects and isinstance(batches, Iterator):
         batches = list(batches)
-    with evaluating(model), closing(
-        Engine(model, labels, only_training=False, wide=wide, mask=mask, batch_dim=batch_dim)
-    ) as engine:
+    with (
+        evaluating(model),
+        closing(Engine(model, labels, only_training=False, wide=wide, mask=mask, batch_dim=batch_dim)) as engine,
+    ):
         matrices = _estimate(engine, model, approximation, batches, weight_sharing, seed)
     return Blocks({name: Grouped(M) if len(M.shape) == 3 else M for name, M in matrices.items()})
 

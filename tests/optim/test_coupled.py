@@ -169,6 +169,23 @@ def test_a_layer_that_some_steps_do_not_reach(approximation: Approximation, star
     assert same(few(5), unbroken)
 
 
+@pytest.mark.parametrize(("approximation", "anew"), [(BlockTridiagonal(), True), (TwoLevel(), True), (KFAC(), False)])
+def test_statistics_that_span_the_layers_start_anew_when_one_comes_or_goes(
+    approximation: Approximation, anew: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Sometimes()
+    optimizer = optimizer_of(model, approximation, observe_every=1)
+    observations = []
+    for trained in (True, False, True):
+        model.middle.requires_grad_(trained)
+        train(model, optimizer, [batch(step) for step in range(2)])
+        known = {name: curvature.observations for name, curvature in optimizer._now.items()}
+        assert list(known) == (["first", "middle", "last"] if trained else ["first", "last"])
+        observations.append((known["first"], known.get("middle", 0)))
+    assert observations == ([(2, 2), (2, 0), (2, 2)] if anew else [(2, 2), (4, 0), (6, 4)])
+
+
 @dataclass(frozen=True)
 class Failing(TwoLevel):
     def couple(self, parts: Any) -> Any:

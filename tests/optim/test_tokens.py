@@ -1,4 +1,4 @@
-"""Training with tokens, shared weights, wide sides, and Shampoo for the matrices that no adapter covers."""
+"""Training with tokens, shared weights, wide sides, and Shampoo for the matrices that no rule reads."""
 
 from __future__ import annotations
 
@@ -225,7 +225,8 @@ def test_a_side_above_the_limit_is_diagonal_and_the_table_says_so(wide: int | No
     for approximation in (KFAC(), EKFAC()):
         optimizer = NaturalGradient(deepcopy(model), approximation, likelihood=Categorical(class_dim=1), wide=wide)
         train(optimizer.model, optimizer, [(x, y)] * 3)
-        for text in (str(optimizer), str(natgrad.coverage(model, approximation, wide=wide))):
+        reports = (natgrad.coverage(model, *inputs, approximation=approximation, wide=wide) for inputs in ((), (x,)))
+        for text in (str(optimizer), *map(str, reports)):
             assert [remark for remark in ("A diagonal: 5 inputs", "G diagonal: 7 outputs") if remark in text] == words
         first, last = (optimizer._now[name].inverse for name in ("0", "2"))
         assert isinstance(first, (Kronecker, Spectral)) and isinstance(last, (Kronecker, Spectral))
@@ -248,11 +249,16 @@ def test_a_head_of_50_000_outputs_has_no_impossible_factor() -> None:
 
 def test_the_table_says_what_stands_in() -> None:
     model, _ = made()
-    told = str(natgrad.coverage(model, KPSVD()))
+    ((x, _),) = batches(1)
+    told = str(natgrad.coverage(model, x, approximation=KPSVD()))
+    assert told.splitlines()[2].split()[:3] == ["embed", "=", "head"] and "embedding, linear; A diagonal" in told
     assert "A diagonal: 7 tokens; one factor for both uses; TKFAC in place of KPSVD" in told
     untied = Language(tied=False)
-    assert "A diagonal: 7 tokens; KFAC in place of Woodbury" in str(natgrad.coverage(untied, Woodbury()))
-    assert "in place of" not in str(natgrad.coverage(untied, KFAC()))
+    assert "A diagonal: 7 tokens; KFAC in place of Woodbury" in str(
+        natgrad.coverage(untied, x, approximation=Woodbury())
+    )
+    assert "A diagonal: 7 tokens; KFAC in place of Woodbury" in str(natgrad.coverage(untied, approximation=Woodbury()))
+    assert "in place of" not in str(natgrad.coverage(untied, x, approximation=KFAC()))
 
 
 @pytest.mark.parametrize("wide", [0, -1, 2.5, True, "wide"])
@@ -272,7 +278,8 @@ def test_a_limit_that_is_none_is_refused(wide: Any) -> None:
 
 
 class Raw(nn.Module):
-    """A network of bare parameters: two matrices, a bias and a kernel with a dimension of size 1."""
+    """A network of bare parameters, none of which is used as it is: two matrices, a bias and a kernel with a dimension
+    of size 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,8 +287,8 @@ class Raw(nn.Module):
         self.U = nn.Parameter(torch.randn(3, 1, 2, 3) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(torch.einsum("ni,oi->no", x, self.W) + self.b)  # a product that no adapter finds
-        return torch.einsum("nij,oij->no", h.view(-1, 2, 3), self.U.squeeze(1))
+        h = torch.tanh(torch.einsum("ni,oi->no", x, self.W.sinh()) + self.b.sinh())
+        return torch.einsum("nij,oij->no", h.view(-1, 2, 3), self.U.squeeze(1).sinh())
 
 
 def noisy(steps: int) -> list[Batch]:
@@ -311,10 +318,16 @@ def test_shampoo_by_its_formula() -> None:
 
 def test_shampoo_is_off_by_default_and_the_table_says_who_steps() -> None:
     model = Raw()
+    ((x, _),) = noisy(1)
     for shampoo, rule in ((False, "AdamW"), (True, "Shampoo")):
-        for text in (str(NaturalGradient(model, shampoo=shampoo)), str(natgrad.coverage(model, shampoo=shampoo))):
-            rules = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:5]}
-            assert rules == {"W": rule, "b": "AdamW", "U": rule}
+        optimizer = NaturalGradient(model, shampoo=shampoo)
+        for inputs in ((), (x,)):
+            for text in (str(optimizer), str(natgrad.coverage(model, *inputs, shampoo=shampoo))):
+                rules = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:5]}
+                assert rules == {"W": rule, "b": "AdamW", "U": rule}
+                assert text.count("known after a pass") == (0 if inputs else 3)
+                assert text.count("used by sinh: no rule") == (3 if inputs else 0)
+            model(x)
     with pytest.raises(TypeError, match="shampoo must be True or False"):
         NaturalGradient(model, shampoo=1)  # type: ignore[arg-type]
 
