@@ -171,17 +171,11 @@ class Engine:
             def hook(gradient: Tensor) -> None:
                 task = torch._C._current_graph_task_id()
                 by_task[task] = by_task[task] + gradient.detach() if task in by_task else gradient.detach()
-                self._reached(record, task)
+                record.tasks.add(task)
 
             y.register_hook(hook)
 
         return note
-
-    def _reached(self, record: Record, task: int) -> None:
-        if record in self._waiting:
-            self._waiting.discard(record)
-            self._records.append(record)
-        record.tasks.add(task)
 
     def _finish(
         self,
@@ -198,6 +192,8 @@ class Engine:
         leaves = tree_leaves((args, kwargs))
         if self.labels is None:
             record.rows = rows_of(self._batch_dim, leaves, None, watch)
+            for one in watch.calls:
+                one.edge = None  # lets go of the graph
         else:
             if self.labels.source is not None:
                 self.labels.targets = self.labels.source(*args, **kwargs)
@@ -217,7 +213,7 @@ class Engine:
         (self._records.append if self._lasting else self._waiting.add)(record)
 
     def _alive(self, record: Record, gradient: Tensor) -> None:
-        self._reached(record, torch._C._current_graph_task_id())
+        record.tasks.add(torch._C._current_graph_task_id())
 
     def _exists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The mask of a pass, as booleans (n, t)."""
@@ -238,7 +234,11 @@ class Engine:
             return
 
         def fill(p: Tensor) -> None:
-            self._filled.setdefault(torch._C._current_graph_task_id(), set()).add(id(p))
+            task = torch._C._current_graph_task_id()
+            self._filled.setdefault(task, set()).add(id(p))
+            for record in [waiting for waiting in self._waiting if task in waiting.tasks]:
+                self._waiting.discard(record)
+                self._records.append(record)
 
         self._taps = [p.register_post_accumulate_grad_hook(fill) for p in self.inventory.watched if p.requires_grad]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -133,7 +134,9 @@ def sending() -> Iterator[None]:
     global _sending
     before, _sending = _sending, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # of hooks that do nothing now
+            yield
     finally:
         _sending = before
 

@@ -112,13 +112,13 @@ class Record:
             parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, kept, strict=True)]
             yield parts[0] if len(parts) == 1 else Together(parts)
 
-    def absent(self, layer: Layer) -> Capture:
+    def absent(self, layer: Layer, fraction: float = 1.0) -> Capture:
         """What a layer saw that this pass did not reach: gradients of zero, of as many loss terms as there are."""
-        n = max(1, self.examples())
+        n = max(1, round(fraction * self.examples()))
         blank = layer.blank(n)
         if isinstance(blank, SparseCapture):
-            return SparseCapture(blank.inputs, blank.g, self.count(), 0.0, self.which, layer.diagonal)
-        return Capture(blank.a, blank.g, self.count(), 0.0, self.which, layer.diagonal)
+            return SparseCapture(blank.inputs, blank.g, self.count(n), 0.0, self.which, layer.diagonal)
+        return Capture(blank.a, blank.g, self.count(n), 0.0, self.which, layer.diagonal)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along V, ``tensors`` like the parts of the layer; products run in the dtype

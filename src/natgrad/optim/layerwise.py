@@ -159,8 +159,13 @@ class Layerwise:
         return self.of(name) == self.approximation
 
     def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
+        """What a layer saw of the passes of a step, if any reached it: gradients of zero of those that did not."""
         layer, fraction = self.layers[name], self.cadence.fraction
-        return [capture for record in records for capture in record.captures(layer, self.sharing, fraction)]
+        seen = [list(record.captures(layer, self.sharing, fraction)) for record in records]
+        if not any(seen):
+            return []
+        passes = zip(records, seen, strict=True)
+        return [capture for record, own in passes for capture in own or [record.absent(layer, fraction)]]
 
     def _renew(
         self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float
