@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jacrev
 
 import natgrad
 from cases import CASES, Case
@@ -37,6 +37,7 @@ def test_the_output_projection_of_an_attention_is_listed_seen_and_stepped(need_w
     optimizer = NaturalGradient(model, strict=True)
     steps(model, optimizer, lambda: model(x, x, x, need_weights=need_weights)[0].square().mean())
     table = str(optimizer).splitlines()
+    assert set(optimizer.layers) == {"in_proj.q", "in_proj.k", "in_proj.v", "out_proj"} and not optimizer.uncovered
     assert [line.split()[0] for line in table[2:6]] == ["in_proj.q", "in_proj.k", "in_proj.v", "out_proj"]
     assert table[-1].startswith("100.0 % of 288") and "AdamW" not in str(optimizer)
     assert all(curvature.refreshed for curvature in optimizer._now.values())
@@ -135,18 +136,18 @@ def test_a_module_that_is_used_twice_has_the_fisher_of_both_uses() -> None:
 
 
 class OwnProduct(nn.Module):
-    """A dense layer in a form that no pattern finds."""
+    """A dense layer in a form of its own, of the weight or of what no rule reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, positive: bool = False) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(torch.randn(4, 3))
+        self.matrix, self.positive = nn.Parameter(torch.randn(4, 3)), positive
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("ni,oi->no", x, self.matrix)
+        return torch.einsum("ni,oi->no", x, self.matrix.exp() if self.positive else self.matrix)
 
 
 class Unlike(nn.Module):
-    """Its second layer looks like any other, and is never called."""
+    """Its second layer looks like any other, is never called, and its weight is used in a way that has no rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,30 +155,47 @@ class Unlike(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.second.parameters()
-        return torch.einsum("ni,oi->no", torch.tanh(self.first(x)), weight) + bias
+        return torch.einsum("ni,oi->no", torch.tanh(self.first(x)), weight.sinh()) + bias
+
+
+def test_a_dense_layer_in_a_form_of_its_own_is_one() -> None:
+    """kfac-jax 114: the same network is found as dense layers in one framework and as orphans in another, unsaid."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), OwnProduct()), torch.randn(N, 3)
+    report = natgrad.coverage(model, x)
+    assert report.covered == 1.0 and not report.fallbacks
+    found = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])
+    assert list(found) == ["0", "2.matrix"]
+    W = model.get_parameter("2.matrix").detach()
+    J = jacrev(lambda W: functional_call(model, {"2.matrix": W}, (x,)))(W).detach().flatten(0, 1).flatten(1)
+    assert_equal(found["2.matrix"].dense(), J.mT @ J / N)
 
 
 def test_a_parameter_without_curvature_is_named_with_the_reason_before_training() -> None:
-    """kfac-jax 114: the same network is found as dense layers in one framework and as orphans in another, unsaid."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), OwnProduct())
-    report = natgrad.coverage(model)
-    assert report.fallbacks == {"2.matrix": "no adapter for OwnProduct"} and report.covered == 0.5
-    with pytest.raises(ValueError, match=r"2\.matrix \(no adapter for OwnProduct\)"):
-        NaturalGradient(model, strict=True)
+    """As above, where it has none."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), OwnProduct(positive=True)), torch.randn(N, 3)
+    report = natgrad.coverage(model, x)
+    assert report.fallbacks == {"2.matrix": "used by exp: no rule"} and report.covered == 0.5
+    assert natgrad.coverage(model).fallbacks == {"2.matrix": "known after a pass"}
+    optimizer = NaturalGradient(model, strict=True)
+    with pytest.raises(RuntimeError, match=r"2\.matrix \(used by exp: no rule\)"):
+        steps(model, optimizer, lambda: model(x).square().mean(), 1)
     assert "2.matrix" in str(NaturalGradient(model)) and "AdamW" in str(NaturalGradient(model))
 
 
 def test_a_layer_that_turns_out_to_have_no_curvature_is_named_at_the_first_step() -> None:
     """kfac-jax 344: from one version to the next parameters are registered as another kind, without a word."""
     model, x, y = Unlike(), torch.randn(N, 3), torch.randint(2, (N,))
-    assert natgrad.coverage(model).covered == 1.0  # as it looks before
+    assert natgrad.coverage(model).covered == 1.0 and natgrad.coverage(model).expected  # as it looks before
     optimizer = NaturalGradient(model, likelihood=Categorical(), strict=True)
-    with pytest.raises(RuntimeError, match="not observed: second;"):
+    with pytest.raises(RuntimeError, match=r"no rule reads: second.weight \(used by sinh: no rule\); name"):
         steps(model, optimizer, lambda: F.cross_entropy(model(x), y), 1)
     optimizer = NaturalGradient(model, likelihood=Categorical())
-    with pytest.warns(UserWarning, match="not observed: second; AdamW steps them"):
+    steps(model, optimizer, lambda: F.cross_entropy(model(x), y), 1)
+    assert str(optimizer).splitlines()[-1].startswith("69.2 % of 26")  # the bias has its own
+    optimizer = NaturalGradient(model, likelihood=Categorical(), step_size=KLLimit())
+    model.eval()
+    with pytest.warns(UserWarning, match="not observed: first.weight, first.bias, second.weight, second.bias; AdamW"):
         steps(model, optimizer, lambda: F.cross_entropy(model(x), y), 1)
-    assert str(optimizer).splitlines()[-1].startswith("61.5 % of 26")
 
 
 def test_norms_have_curvature() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.func import functional_call, hessian, jacrev
 
 import natgrad
 from natgrad import EKFAC, KFAC, TEKFAC, TKFAC, Approximation, Bernoulli, Categorical, Diagonal, ExactFisher, Gaussian
@@ -381,12 +381,21 @@ def test_batches_may_be_an_iterator_that_can_be_read_once(make: Callable[[], App
     assert torch.equal(once.dense(), natgrad.fisher(model, make(), Categorical(), batches).dense())
 
 
-def test_it_works_without_grad_and_covers_trained_layers_alone() -> None:
-    model = deep_linear(nn.PReLU(3))
+def test_it_works_without_grad_and_covers_trained_parameters_alone() -> None:
+    model, x = deep_linear(nn.PReLU(3)), torch.randn(6, 5)
     model[1].weight.requires_grad_(False)
+    model[3].requires_grad_(False)
     with torch.no_grad():
-        found = natgrad.fisher(model, KFAC(), Gaussian(), [(torch.randn(6, 5), None)])
-    assert list(found) == ["0", "3"]
+        found = natgrad.fisher(model, KFAC(), Gaussian(), [(x, None)])
+    assert list(found) == ["0", "1.bias", "2"]
+    exact = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])
+    for name, parameter in (("1.bias", "1.bias"), ("2", "2.weight")):
+        value = model.get_parameter(parameter).detach()
+        jacobian = jacrev(lambda v, p=parameter: functional_call(model, {p: v}, (x,)))(value).flatten(0, 1).detach()
+        F_dense = jacobian.mT @ jacobian / 6
+        assert_equal(
+            exact[name].dense(), F_dense if name == "1.bias" else F_dense.diagonal().diag()
+        )  # slopes one by one
 
 
 @pytest.mark.parametrize(
@@ -403,12 +412,23 @@ def test_settings_that_have_no_meaning_are_refused(settings: dict[str, Any], mes
         natgrad.fisher(deep_linear(), KFAC(), Gaussian(), [(torch.randn(6, 5), None)], **settings)
 
 
+class Slopes(nn.Module):
+    """Scales every input by a positive number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.slope.exp()
+
+
 def test_no_data_no_layers_and_too_large_layers_are_refused() -> None:
     x = torch.randn(6, 5)
-    with pytest.raises(ValueError, match="the batches are empty, or reach no covered layer"):
+    with pytest.raises(ValueError, match=r"the batches are empty, or reach no layer that is covered$"):
         natgrad.fisher(deep_linear(), KFAC(), Gaussian(), [])
-    with pytest.raises(ValueError, match="the model has no layer that an adapter covers"):
-        natgrad.fisher(nn.PReLU(5), KFAC(), Gaussian(), [(x, None)])
+    with pytest.raises(ValueError, match="reach no layer that is covered; slope is used by exp: no rule"):
+        natgrad.fisher(Slopes(), KFAC(), Gaussian(), [(x, None)])
     with pytest.raises(ValueError, match=r"ExactFisher: layer '0' has a block of 4 x 6 weights, above limit=20"):
         natgrad.fisher(deep_linear(), ExactFisher(limit=20), Gaussian(), [(x, None)])
     with pytest.raises(ValueError, match=r"EigenCorrected needs a base with an eigenbasis; Diagonal\(\) has none"):

@@ -40,7 +40,7 @@ def fisher(
     ``eval()`` mode and left as it was.
 
     Args:
-        model: any module; layers without an adapter and frozen ones are left out.
+        model: any module; parameters whose use no rule reads and frozen ones are left out.
         approximation: the structure, for example ``KFAC()``.
         likelihood: what the outputs mean; decides the scale of the loss (mean over its terms).
         batches: (inputs, targets) pairs; inputs may be a tensor, a tuple of positional or a dict of keyword arguments.
@@ -63,7 +63,7 @@ def fisher(
         (out (in+1)) square matrix, weights row by row with the bias as the last column.
 
     Raises:
-        ValueError: on an unknown estimator, data that do not fit, no data, or no layer to cover.
+        ValueError: on an unknown estimator, data that do not fit, no data, or no layer that is covered.
     """
     _check(estimator, draws, weight_sharing)
     if isinstance(approximation, Coupled):
@@ -106,7 +106,8 @@ def _estimate(
         here = pool(for_layer(approximation, layer.kind).observe(capture) for capture in seen)
         stats[layer.name] = pool([stats[layer.name], here]) if layer.name in stats else here
     if not stats:
-        raise ValueError("the batches are empty, or reach no covered layer")
+        uses = (f"{name} is {why}" for name, why in engine.inventory.coverage().uncovered.items() if "rule" in why)
+        raise ValueError("; ".join(["the batches are empty, or reach no layer that is covered", *uses]))
     check_layers(approximation, engine.layers.values())
     used = {name: for_layer(approximation, layer.kind) for name, layer in engine.layers.items() if name in stats}
     matrices = {name: chosen.assemble(chosen.merge(None, stats[name], 0.0)) for name, chosen in used.items()}

@@ -23,6 +23,17 @@ class Patches(nn.Module):
         return self.head(self.norm(self.blocks(h))[:, 0])
 
 
+class Tempered(nn.Module):
+    """A classifier whose logits are scaled by a positive temperature that is learned (Radford et al. 2021)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.temperature = inner, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.temperature.exp()
+
+
 class Block(nn.Module):
     """Attention and a dense block, each after its norm."""
 
