@@ -32,11 +32,7 @@ from natgrad.fishers import (
     UnitWise,
     Woodbury,
 )
-
-try:
-    from natgrad.fngd import FNGD
-except ImportError:  # temporary
-    FNGD = None
+from natgrad.fngd import FNGD
 from natgrad.jets import Jets
 from natgrad.likelihoods import Bernoulli, Categorical, ConvexLoss, Gaussian, Likelihood, LossSum
 from natgrad.optim import (

@@ -140,7 +140,8 @@ class Engine:
             record.random = torch.random.get_rng_state()
         with as_written():
             leaves = tree_leaves((args, kwargs))
-            watch = Watch(self.inventory.watched, self._noting(record), () if self._lasting else leaves)
+            fragile = () if self._lasting else leaves
+            watch = Watch(self.inventory.watched, self._noting(record), fragile, self._constants())
             self._running = True
             try:
                 with quiet(self._model), watch:
@@ -150,6 +151,9 @@ class Engine:
             if watch.calls or watch.strays:
                 self._finish(record, watch, call, args, kwargs, output)
         return output
+
+    def _constants(self) -> list[Tensor]:
+        return [*self._model.buffers(), *self._model.parameters()]
 
     def _wanted(self) -> bool:
         """Whether a pass that begins is one to record."""
@@ -205,8 +209,8 @@ class Engine:
         record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
             record.inputs = args, kwargs
-        self._which = Examples(self._which.start + (record.rows.count or 0))
         self._sort(record, watch, reached)
+        self._which = Examples(self._which.start + record.examples())
         if not record.calls:
             return
         self._tap()
@@ -269,8 +273,9 @@ class Engine:
         assert self.labels is not None
         buffers = [(b, b.clone()) for b in self._model.buffers()]
         with torch.random.fork_rng():
+            assert record.random is not None
             torch.random.set_rng_state(record.random)
-            with quiet(self._model), Watch(self.inventory.watched) as watch:
+            with quiet(self._model), Watch(self.inventory.watched, constants=self._constants()) as watch:
                 selected = self.labels.select(call(*args, **kwargs))
         with torch.no_grad():
             for buffer, before in buffers:
@@ -303,7 +308,7 @@ class Engine:
         with torch.autocast(plain[0].device.type, enabled=False), sending():  # of the loss, which a user may write
             labels.targets = rows.targets(labels.targets, plain[0])
             record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
-            mixed = rows.each > 1 or not all(rows.matches(call.sizes) for call in watch.calls)
+            mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
                 if record.mask is not None and _masks(record.mask, whole):

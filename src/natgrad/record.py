@@ -31,7 +31,7 @@ class Use:
 
     def __post_init__(self) -> None:
         """Bring the examples to the front."""
-        self.how = self.rows.arrangement(self.call.sizes, self.call.first)
+        self.how = self.rows.arrangement(self.call.sizes, self.call.first, self.call.shared)
         self.x = self.how(self.call.x)
 
     def gradient(self, seed: int) -> Tensor:
@@ -73,7 +73,7 @@ class Record:
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     targets: Any = None
     mask: Tensor | None = None
-    random: Tensor = field(default_factory=lambda: torch.empty(0))
+    random: Tensor | None = None
     tasks: set[int] = field(default_factory=set)
     _by_task: list[tuple[Call, dict[int, Tensor]]] = field(default_factory=list)
 
@@ -100,17 +100,16 @@ class Record:
         The seeds share the count, as gradients share their sum of squares, so that passes with different numbers of
         seeds pool as their examples do.
         """
-        uses = self._reached(layer)
-        if not uses:
-            return
-        n = max(1, round(fraction * len(uses[0].x)))
-        roles = [[use for use in uses if use.swapped == swapped] for swapped in (False, True)]
-        roles = [role for role in roles if role]
-        inputs = [_inputs(role, n, layer.biased) for role in roles]
-        kept = [self._kept(role, a, n) for role, a in zip(roles, inputs, strict=True)]
-        for seed in range(len(uses[0].call.gradients)):
-            parts = [self._capture(layer, *part, seed, n, sharing) for part in zip(roles, inputs, kept, strict=True)]
-            yield parts[0] if len(parts) == 1 else Together(parts)
+        for number, uses in enumerate(self._reached(layer)):
+            n = max(1, round(fraction * len(uses[0].x)))
+            roles = [[use for use in uses if use.swapped == swapped] for swapped in (False, True)]
+            roles = [role for role in roles if role]
+            inputs = [_inputs(role, n, layer.biased) for role in roles]
+            kept = [self._kept(role, a, n) for role, a in zip(roles, inputs, strict=True)]
+            for seed in range(len(uses[0].call.gradients)):
+                all_parts = zip(roles, inputs, kept, strict=True)
+                parts = [self._capture(layer, *part, seed, n, sharing, number == 0) for part in all_parts]
+                yield parts[0] if len(parts) == 1 else Together(parts)
 
     def absent(self, layer: Layer, fraction: float = 1.0) -> Capture:
         """What a layer saw that this pass did not reach: gradients of zero, of as many loss terms as there are."""
@@ -123,15 +122,21 @@ class Record:
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along V, ``tensors`` like the parts of the layer; products run in the dtype
         of V."""
+        groups = [self._along(layer, uses, tensors) for uses in self._reached(layer)]
+        return torch.cat(groups, 1) * self.scale if groups else None
+
+    def _along(self, layer: Layer, uses: list[Use], tensors: list[Tensor]) -> Tensor:
+        """u (seeds, n) of uses that have the same examples."""
         total = None
-        for use in self._reached(layer):
+        for use in uses:
             form, (operand, *bias) = use.call.form, tensors
             x = form.cast(use.x, operand.dtype)
             y = form.product(use.operand(layer, operand), bias[0] if bias else None, x).flatten(1)
             gradients = [use.gradient(seed).flatten(1).to(y.dtype) for seed in range(len(use.call.gradients))]
             u = torch.stack([(y * g).sum(-1, dtype=torch.promote_types(y.dtype, torch.float32)) for g in gradients])
             total = u if total is None else total + u
-        return total if total is None else total * self.scale
+        assert total is not None
+        return total
 
     def examples(self) -> int:
         """The number of examples, of the output or by the first layer that recorded any."""
@@ -157,14 +162,16 @@ class Record:
         """The number of loss terms behind n examples of a layer that saw ``of`` of them."""
         return self.count(n) if of == self.examples() else self.count() * (n / of)
 
-    def _reached(self, layer: Layer) -> list[Use]:
+    def _reached(self, layer: Layer) -> list[list[Use]]:
+        """The uses that a seed reaches: those on the examples, and apart from them those on what all examples share."""
         uses = [use for use in self.calls.get(layer.name, ()) if use.call.reached and len(use.x)]
-        if len({len(use.x) for use in uses}) > 1:
+        groups = [[use for use in uses if use.call.shared == shared] for shared in (False, True)]
+        if len({len(use.x) for use in groups[0]}) > 1:
             raise ValueError(
                 f"layer {layer.name!r} was called with batches of different sizes in one forward pass; its examples "
                 "cannot be matched: call it once on all of them, make one forward pass for each batch, or exclude it"
             )
-        return uses
+        return [group for group in groups if group]
 
     def _capture(
         self,
@@ -175,8 +182,10 @@ class Record:
         seed: int,
         n: int,
         sharing: Sharing,
+        counts: bool,
     ) -> Capture:
-        """What these uses, all in one role, saw at the positions (n, t) that are kept, or at all."""
+        """What these uses, all in one role, saw at the positions (n, t) that are kept, or at all; the loss terms count
+        once, with the first of several groups of uses."""
         g = _outputs(uses, seed, n)
         dtype = torch.promote_types(g.dtype if isinstance(a, Sparse) else a.dtype, torch.float32)
         a, g = a.to(dtype), g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale
@@ -190,7 +199,7 @@ class Record:
             rows, examples, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
             a, g, rows = summed(a), g.sum(-2, keepdim=True) / used, examples
-        count = self._counted(n, of) / len(uses[0].call.gradients)
+        count = self._counted(n, of) / len(uses[0].call.gradients) if counts else 0.0
         diagonal = layer.diagonal[::-1] if swapped else layer.diagonal
         if isinstance(a, Sparse):
             return SparseCapture(a, g, count, rows, self.which, diagonal)

@@ -15,16 +15,17 @@ from natgrad.operations import Watch
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Positions (..., a N b, ...) of N examples at dimension ``dim``, as (N, ...)."""
+    """Positions (..., a N b, ...) of N examples at dimension ``dim``, as (N, ...); ``shared`` ones as (1, ...)."""
 
     sizes: torch.Size
     dim: int = 0
     before: int = 1
     after: int = 1
+    shared: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (positions..., *rest) as (N, ..., *rest)."""
-        if not self.sizes:
+        if self.shared or not self.sizes:
             return x.unsqueeze(0)
         if self.before == self.after == 1:
             return x if self.dim == 0 else x.movedim(self.dim, 0)
@@ -34,7 +35,7 @@ class Arrangement:
     @property
     def positions(self) -> tuple[int, int]:
         """(N, t)."""
-        n = self.sizes[self.dim] // (self.before * self.after) if self.sizes else 1
+        n = 1 if self.shared or not self.sizes else self.sizes[self.dim] // (self.before * self.after)
         return n, self.sizes.numel() // max(1, n)
 
 
@@ -52,13 +53,15 @@ class Rows:
     apart: bool = False
     second: bool = False
 
-    def arrangement(self, sizes: torch.Size, first: bool = False) -> Arrangement:
+    def arrangement(self, sizes: torch.Size, first: bool = False, shared: bool = False) -> Arrangement:
         """Where the examples are among positions of these sizes: a dimension of their number, else a multiple of it.
         If they are known to be ``first``, no other dimension is looked at.
 
-        Positions that fit nowhere, which the examples share, count as examples themselves.
+        Positions that fit nowhere count as examples themselves; those that are known to be ``shared`` are one.
         """
         n = self.count
+        if shared:
+            return Arrangement(sizes, shared=True)
         if n is None or not sizes:
             return Arrangement(sizes)
         order = [0] if first else [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]

@@ -305,7 +305,9 @@ class Stacked(nn.Module):
 def test_random_signs_make_exact_labels_right_on_average_where_rows_cannot_be_told() -> None:
     model, x = Stacked(), (torch.randn(4, 4), torch.randn(4, 4))
     expected = dense_ggn(model, x, 8)["one"]
-    drawn = [natgrad.fisher(model, ExactFisher(), Categorical(), [(x, None)], seed=s)["one"].dense() for s in range(400)]
+    drawn = [
+        natgrad.fisher(model, ExactFisher(), Categorical(), [(x, None)], seed=s)["one"].dense() for s in range(400)
+    ]
     assert error(torch.stack(drawn).mean(0), expected) < 0.05
     assert error(drawn[0], expected) > 0.05
 
@@ -348,7 +350,7 @@ def test_a_layer_that_part_of_the_micro_batches_reach_is_averaged_over_all_of_th
         )
         torch.manual_seed(0)
         x, z = split_batches()
-        for part in ([x, z] if micro else [torch.cat([x, z])]):
+        for part in [x, z] if micro else [torch.cat([x, z])]:
             F.cross_entropy(model(part), torch.zeros(len(part), dtype=torch.int64), reduction="sum").backward()
         optimizer.step()
         matrices.append(optimizer.state[model.expert.weight]["stats.F"])
@@ -391,9 +393,7 @@ def test_masked_positions_count_nowhere() -> None:
                 if isinstance(approximation, KFAC):
                     assert_equal(found[name].dense(), alone[name].dense())
     model, dense = nn.Sequential(nn.Linear(4, 3)), None
-    found = natgrad.fisher(
-        model, ExactFisher(), Gaussian(), [((padded,), None)], mask=lambda x: mask
-    )["0"].dense()
+    found = natgrad.fisher(model, ExactFisher(), Gaussian(), [((padded,), None)], mask=lambda x: mask)["0"].dense()
     alone = natgrad.fisher(model, ExactFisher(), Gaussian(), [((x[mask],), None)])["0"].dense()
     assert dense is None
     assert_equal(found.diagonal().sum(), alone.diagonal().sum())

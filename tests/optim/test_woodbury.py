@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.nn.functional as F
 from test_accumulation import check
 from test_resume import BREAKS, batches_of, run
 from torch import Tensor, nn

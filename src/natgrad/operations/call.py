@@ -37,7 +37,8 @@ class Call:
     ``x`` is (positions..., *inner); ``read`` brings the output, or its gradient, into the form (positions...,
     *outer), one gradient for every seed. ``kept`` (positions...) says which positions exist, where not all do.
     ``version`` is that of the input when it was read. ``spread`` are the positions at which the bias is added.
-    ``first``: the examples are known to be the first dimension of the positions.
+    ``first``: the examples are known to be the first dimension of the positions; ``shared``: the input does not depend
+    on the examples, which share all positions.
     """
 
     weight: Operand
@@ -52,6 +53,7 @@ class Call:
     kept: Tensor | None = None
     spread: torch.Size | None = None
     first: bool = False
+    shared: bool = False
     gradients: list[Tensor | None] = field(default_factory=list)
 
     @property
@@ -84,4 +86,6 @@ class Call:
         ones = torch.ones((), dtype=dtype, device=self.x.device).expand(*self.spread, 1)
         read, features = self.read, self.form.features
         form = Product(outs=tuple(range(len(self.bias.view.size))), ins=())
-        return replace(self, weight=self.bias, bias=None, form=form, x=ones, read=lambda y: features(read(y)))
+        return replace(
+            self, weight=self.bias, bias=None, form=form, x=ones, read=lambda y: features(read(y)), version=0
+        )

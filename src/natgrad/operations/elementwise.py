@@ -86,6 +86,22 @@ def cat(watch: Watch, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Ten
     return y
 
 
+@rule(*spelled("addcmul"))
+def addcmul(watch: Watch, func: Any, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """b + value w x."""
+    y = func(input, tensor1, tensor2, value=value)
+    if watch.operand(input) is not None and not watch.added(input, y, "add"):
+        watch.stray(input, "addcmul", y)
+    for weight, x in ((tensor1, tensor2), (tensor2, tensor1)):
+        operand = watch.operand(weight)
+        if operand is not None and (
+            watch.operand(x) is not None
+            or not scaled(watch, replace(operand, factor=operand.factor * value), x, y, "mul")
+        ):
+            watch.stray(weight, "addcmul", y)
+    return y
+
+
 @rule(*spelled("neg", "negative"))
 def negative(watch: Watch, func: Any, input: Tensor) -> Tensor:
     """-w stands for w."""

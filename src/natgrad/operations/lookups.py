@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natgrad.layers.lookup import BagLookup, Lookup, bags
+from natgrad.layers.view import View
 from natgrad.operations.registry import rule, spelled
 from natgrad.operations.watch import Watch
 
@@ -77,6 +79,8 @@ def indexed(watch: Watch, func: Any, weight: Tensor, index: Any) -> Tensor:
         y = func(weight, index)
         watch.other(func, (weight,), y)
         return y
+    if index.ndim == 0:
+        return _part(watch, weight, int(index), func(weight, index))
     return _rows(watch, weight, index, lambda w: func(w, index))
 
 
@@ -89,6 +93,16 @@ def index_select(watch: Watch, func: Any, weight: Tensor, dim: int, index: Tenso
         watch.selected = y, index
         return y
     return _rows(watch, weight, index, lambda w: func(w, dim, index))
+
+
+def _part(watch: Watch, weight: Tensor, number: int, y: Tensor) -> Tensor:
+    """One entry of the first dimension, such as the matrix of an expert, which stands for the view that it copies."""
+    operand = watch.operand(weight)
+    assert operand is not None
+    view = operand.view
+    offset = view.offset + number % view.size[0] * view.stride[0]
+    watch.alias(y, replace(operand, view=View(view.size[1:], view.stride[1:], offset)))
+    return y
 
 
 def _rows(watch: Watch, weight: Tensor, index: Tensor, compute: Any) -> Tensor:

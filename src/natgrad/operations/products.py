@@ -7,6 +7,7 @@ import string
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -159,3 +160,20 @@ def _labels(equation: str, tensors: Any) -> tuple[str, str, str] | None:
         letters = sorted(set(given.replace("...", "").replace(",", "")))
         result = "..." * ("..." in given) + "".join(c for c in letters if given.count(c) == 1)
     return written[0], written[1], result.replace("...", dots)
+
+
+@rule(*[f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None])
+def grouped(watch: Watch, func: Any, input: Tensor, other: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """Rows of x, group after group up to ``offs``, each times a matrix of its own: those of experts."""
+    y, known = func(input, other, offs=offs, **kwargs), watch.operand(other)
+    if known is None or offs is None or len(known.view.size) != 3 or watch.operand(input) is not None:
+        watch.other(func, (input, other), y)
+        return y
+    start, form = 0, Product(outs=(1,), ins=(0,))
+    for number, end in enumerate(offs.tolist()):
+        view = View(known.view.size[1:], known.view.stride[1:], known.view.offset + number * known.view.stride[0])
+        rows, start = slice(start, end), end
+        if rows.stop > rows.start:
+            operand = replace(known, view=view)
+            watch.saw(form, operand, None, input[rows], y, lambda g, rows=rows: g[rows], "grouped_mm")
+    return y

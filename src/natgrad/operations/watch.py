@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -42,8 +44,11 @@ class Watch(TorchFunctionMode):
         parameters: Iterable[nn.Parameter] | Mapping[Tensor, nn.Parameter],
         noted: Callable[[Call, Tensor], None] | None = None,
         inputs: Iterable[Any] = (),
+        constants: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
+        self._constants = {id(x): x for x in constants}
+        self._shared = False  # whether the operation that a rule reads has no input that depends on the examples
         self._noted = noted
         self._fragile = {memory for x in inputs if (memory := _memory(x)) is not None}
         self.calls: list[Call] = []
@@ -71,13 +76,27 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.is_grad_enabled() and getattr(func, "__name__", "") not in _OF_TENSORS:
             args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
-        rule = RULES.get(func)
-        if rule is not None and torch.is_grad_enabled():
-            return rule(self, func, *args, **kwargs)
+        rule, given = RULES.get(func), list(_tensors((*args, *kwargs.values())))
+        constant = all(map(self._is_constant, given))
+        if rule is not None and torch.is_grad_enabled() and _fits(rule, kwargs):
+            self._shared = constant
+            result = rule(self, func, *args, **kwargs)
+            self._follow(func, given, constant, result)
+            return result
         result = func(*args, **kwargs)
+        self._follow(func, given, constant, result)
         if torch.is_grad_enabled():
             self.other(func, (*args, *kwargs.values()), result)
         return result
+
+    def _is_constant(self, x: Tensor) -> bool:
+        """Whether a tensor is known not to depend on the examples."""
+        return id(x) in self._constants or id(x) in self._parameters
+
+    def _follow(self, func: Any, given: list[Tensor], constant: bool, result: Any) -> None:
+        """What is computed from constants is one, and so is what is made of numbers, such as positions."""
+        if constant and (given or getattr(func, "__name__", "") in _MADE):
+            self._constants.update((id(y), y) for y in _tensors((result,)))
 
     # What rules call.
 
@@ -180,6 +199,7 @@ class Watch(TorchFunctionMode):
         kept: Tensor | None = None,
         version: int | None = None,
         first: bool = False,
+        shared: bool | None = None,
     ) -> None:
         """Note that y is such an operation at x; ``read`` brings y into the form (positions..., *outer)."""
         used, added = self.operand(weight), self.operand(bias)
@@ -194,13 +214,14 @@ class Watch(TorchFunctionMode):
         read = read or _same
         if x.layout != torch.strided:
             x = x.to_dense()
+        shared = self._shared if shared is None else shared
         if self._fragile and _memory(x) in self._fragile:
             x, version = x.detach().clone(), 0
         version = x._version if version is None else version
         spread = form.features(read(y.detach())).shape[:-1] if added else None
         edge, known = get_gradient_edge(y), used or added
         assert known is not None
-        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread, first)
+        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread, first, shared)
         calls = [call] if used else [call.of_bias()]
         if used and added and used.factor != added.factor:  # the gradients of both have no common scale
             calls = [replace(call, bias=None, spread=None), replace(call.of_bias(), gradients=[])]
@@ -285,7 +306,7 @@ class Watch(TorchFunctionMode):
             form, view = ADDED, View((width,), (step,), found.view.offset)
             inputs = torch.ones((), dtype=y.dtype, device=y.device).expand(*where, 1)
         operand = Operand(found.parameter, view, found.factor * sign)
-        self.saw(form, operand, None, inputs, y, read, operation)
+        self.saw(form, operand, None, inputs, y, read, operation, shared=False if data else None)
         return True
 
 
@@ -310,6 +331,9 @@ _COPIES = {
 """Operations whose result has the entries of what they are given, in memory of its own."""
 
 
+_MADE = {"arange", "linspace", "tensor", "as_tensor", "eye", "meshgrid", "range"}
+"""Functions that make positions and the like of numbers."""
+
 _OF_TENSORS = {"__get__", "__set__", "register_hook", "retain_grad", "requires_grad_"}
 """What is asked of a tensor itself, which no view of it can answer."""
 
@@ -319,6 +343,19 @@ def _map(function: Callable[[Any], Any], values: Any) -> Any:
     if isinstance(values, (list, tuple)) and type(values) in (list, tuple):
         return type(values)(_map(function, value) for value in values)
     return function(values)
+
+
+@cache
+def _named(rule: Rule) -> frozenset[str] | None:
+    """The names of the arguments of a rule, ``None`` where it takes any."""
+    parameters = inspect.signature(rule).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
+
+
+def _fits(rule: Rule, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a rule knows all arguments that are given by name."""
+    named = _named(rule) if kwargs else None
+    return named is None or kwargs.keys() <= named
 
 
 def _memory(x: Any) -> int | None:

@@ -125,7 +125,7 @@ def _local(
     for inputs, _ in batches:
         seen: list[tuple[Layer, list[Capture]]] = []
 
-        def note(here: Call, y: Tensor) -> None:
+        def note(here: Call, y: Tensor, seen: list[tuple[Layer, list[Capture]]] = seen) -> None:
             layer = by_weight[id(here.weight.parameter)]
             first, form = Arrangement(here.sizes), here.form
             a = form.inputs(first(here.x), layer.biased)
