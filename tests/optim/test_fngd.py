@@ -665,8 +665,8 @@ def test_what_fngd_cannot_weigh_is_left_to_adamw_or_has_the_mean_coefficient_and
     for name, p in model.named_parameters():
         assert ("exp_avg" in optimizer.state[p]) == (name in optimizer.uncovered)
     rows = {line.split()[0]: line for line in repr(optimizer).splitlines()}
-    assert rows["norm"].endswith("layer_norm; all examples by the mean coefficient")
-    assert rows["head"].endswith("linear")
+    assert rows["attention.out_proj"].endswith("linear; all examples by the mean coefficient")
+    assert rows["head"].endswith("linear") and rows["norm"].endswith("layer_norm")
 
 
 def test_a_run_with_layers_that_are_left_to_adamw_resumes_bit_for_bit() -> None:

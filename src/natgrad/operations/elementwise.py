@@ -160,8 +160,8 @@ def layer_norm(
 ) -> Tensor:
     """gamma z + beta of the input z as normalised at every position."""
     shape, input = tuple(normalized_shape), watch.data(input)
-    y = func(input, shape, weight, bias, eps)
-    _last(watch, weight, bias, lambda: func(input.detach(), shape, None, None, eps), y, len(shape), "layer_norm")
+    normalised = lambda: func(input.detach(), shape, None, None, eps)  # noqa: E731
+    y = _last(watch, weight, bias, normalised, lambda w, b: func(input, shape, w, b, eps), len(shape), "layer_norm")
     watch.stray(input, "layer_norm", y)
     return y
 
@@ -177,8 +177,8 @@ def rms_norm(
 ) -> Tensor:
     """gamma z of the input z as normalised at every position."""
     shape, input = tuple(normalized_shape), watch.data(input)
-    y = func(input, shape, weight, eps)
-    _last(watch, weight, None, lambda: func(input.detach(), shape, None, eps), y, len(shape), "rms_norm")
+    normalised = lambda: func(input.detach(), shape, None, eps)  # noqa: E731
+    y = _last(watch, weight, None, normalised, lambda w, _: func(input, shape, w, eps), len(shape), "rms_norm")
     watch.stray(input, "rms_norm", y)
     return y
 
@@ -195,8 +195,8 @@ def group_norm(
 ) -> Tensor:
     """gamma z + beta of the input z as normalised over groups of channels of each example."""
     input = watch.data(input)
-    y = func(input, num_groups, weight, bias, eps)
-    _channels(watch, weight, bias, lambda: func(input.detach(), num_groups, None, None, eps), y, "group_norm")
+    normalised = lambda: func(input.detach(), num_groups, None, None, eps)  # noqa: E731
+    y = _channels(watch, weight, bias, normalised, lambda w, b: func(input, num_groups, w, b, eps), "group_norm")
     watch.stray(input, "group_norm", y)
     return y
 
@@ -217,11 +217,10 @@ def batch_norm(
     """gamma z + beta; the statistics are those of the whole batch, and their dependence on an example is left out, as
     in every Fisher of a network with them."""
     input = watch.data(input)
-    y = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    compute = lambda w, b: func(input, running_mean, running_var, w, b, training, momentum, eps)  # noqa: E731
     known = (None, None) if training else (running_mean, running_var)
-    _channels(
-        watch, weight, bias, lambda: func(input.detach(), *known, None, None, training, 0.0, eps), y, "batch_norm"
-    )
+    normalised = lambda: func(input.detach(), *known, None, None, training, 0.0, eps)  # noqa: E731
+    y = _channels(watch, weight, bias, normalised, compute, "batch_norm")
     watch.stray(input, "batch_norm", y)
     return y
 
@@ -241,12 +240,10 @@ def instance_norm(
 ) -> Tensor:
     """gamma z + beta by the statistics of each example, or running ones."""
     input = watch.data(input)
-    y = func(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    compute = lambda w, b: func(input, running_mean, running_var, w, b, use_input_stats, momentum, eps)  # noqa: E731
     known = (None, None) if use_input_stats else (running_mean, running_var)
-    _channels(
-        watch, weight, bias, lambda: func(input.detach(), *known, None, None, use_input_stats, 0.0, eps), y,
-        "instance_norm",
-    )  # fmt: skip
+    normalised = lambda: func(input.detach(), *known, None, None, use_input_stats, 0.0, eps)  # noqa: E731
+    y = _channels(watch, weight, bias, normalised, compute, "instance_norm")
     watch.stray(input, "instance_norm", y)
     return y
 
@@ -291,45 +288,46 @@ def _multiplied(watch: Watch, func: Any, input: Any, other: Any, before: Tensor 
             watch.stray(weight, "mul", y)
 
 
+Compute = Callable[[Any, Any], Tensor]
+
+
 def _last(
-    watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], y: Tensor, dims: int, operation: str
-) -> None:
+    watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], compute: Compute, dims: int, operation: str
+) -> Tensor:
     """A norm whose features are the last ``dims`` dimensions."""
-    if watch.operand(weight) is None and watch.operand(bias) is None:
-        return
 
     def flat(z: Tensor) -> Tensor:
         return z.flatten(-dims).unsqueeze(-1) if z.ndim > dims else z.reshape(1, -1, 1)
 
-    _norm(watch, weight, bias, flat(normalised()), y, flat, operation, dims)
+    return _norm(watch, weight, bias, normalised, compute, flat, operation, dims)
 
 
 def _channels(
-    watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], y: Tensor, operation: str
-) -> None:
+    watch: Watch, weight: Any, bias: Any, normalised: Callable[[], Tensor], compute: Compute, operation: str
+) -> Tensor:
     """A norm whose features are the second dimension."""
-    if watch.operand(weight) is None and watch.operand(bias) is None:
-        return
 
     def flat(z: Tensor) -> Tensor:
         return z.movedim(1, -1).unsqueeze(-1)
 
-    _norm(watch, weight, bias, flat(normalised()), y, flat, operation, 1)
+    return _norm(watch, weight, bias, normalised, compute, flat, operation, 1)
 
 
 def _norm(
     watch: Watch,
     weight: Any,
     bias: Any,
-    z: Tensor,
-    y: Tensor,
+    normalised: Callable[[], Tensor],
+    compute: Compute,
     read: Callable[[Tensor], Tensor],
     operation: str,
     dims: int,
-) -> None:
+) -> Tensor:
     """Every feature is a group with the block [gamma | beta]."""
+    if watch.operand(weight) is None and watch.operand(bias) is None:
+        return compute(weight, bias)
     form = Product(groups=tuple(range(dims)), outs=(), ins=())
-    watch.saw(form, weight, bias, z, y, read, operation)
+    return watch.product(form, weight, bias, read(normalised()), compute, read, operation=operation)
 
 
 def _aligned(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
