@@ -26,6 +26,7 @@ from oracles import (
     partial_traces,
     position_fisher,
     random_capture,
+    rounding,
 )
 
 
@@ -84,13 +85,13 @@ def law_01_product_symmetry_and_dense_twin(case: Case, shape: str) -> None:
 
 @law()
 def law_01_damped_inverse_is_the_dense_solve(case: Case, shape: str) -> None:
-    """F.inverse(damping) @ M solves the dense system that its damping rule stands for."""
+    """F.inverse(damping) @ M solves the dense system that its damping rule stands for, up to rounding."""
     matrix = estimate(case.make(), random_capture(2, shape))
     for damping in (1e-3, 0.3, 20.0):
-        inverse, M = matrix.inverse(damping), torch.randn(2, *matrix.shape)
-        expected = torch.linalg.solve(damped(matrix, damping), M.flatten(-2).unsqueeze(-1)).squeeze(-1)
-        assert_equal((inverse @ M).flatten(-2), expected, 1e-9)
-        assert_equal(inverse.dense() @ damped(matrix, damping), torch.eye(48).expand_as(inverse.dense()), 1e-8)
+        inverse, M, A = matrix.inverse(damping), torch.randn(2, *matrix.shape), damped(matrix, damping)
+        expected = torch.linalg.solve(A, M.flatten(-2).unsqueeze(-1)).squeeze(-1)
+        assert_equal((inverse @ M).flatten(-2), expected, rounding(A))
+        assert_equal(inverse.dense() @ A, torch.eye(48).expand_as(A), rounding(A))
 
 
 @law(lambda case, shape: case.definite)
@@ -224,10 +225,14 @@ def law_08_error_never_above_that_of_the_base(case: Case, shape: str) -> None:
 def law_23_undamped_step_is_equivariant(case: Case, shape: str) -> None:
     """Inputs in coordinates P^-1 a and outputs in Q^-1 s give the step Q^-1 D P: the same step."""
     seen = random_capture(14, shape, n=200)
-    P, Q = (torch.eye(d) + 0.3 * torch.randn(d, d) for d in (8, 6))
+    P, Q = (
+        torch.eye(d) + 0.1 * torch.randn(d, d) for d in (8, 6)
+    )  # near I: the condition of F grows by the square of theirs
     moved = Capture(seen.a @ P.inverse().mT, seen.g @ Q, seen.count, seen.rows)
-    step, moved_step = (estimate(case.make(), here).inverse(0.0) @ gradient(here) for here in (seen, moved))
-    assert_equal(Q @ moved_step, step @ P, 1e-7)
+    F, moved_F = (estimate(case.make(), here) for here in (seen, moved))
+    step, moved_step = F.inverse(0.0) @ gradient(seen), moved_F.inverse(0.0) @ gradient(moved)
+    turned = float(torch.linalg.cond(P) * torch.linalg.cond(Q))  # what a relative error may gain from P and Q
+    assert_equal(Q @ moved_step, step @ P, turned * (rounding(F.dense()) + rounding(moved_F.dense())))
 
 
 # Eigenvalue-corrected ones.

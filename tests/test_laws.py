@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import pytest
+from torch import Tensor
 
 import laws
 import laws_kpsvd
 from cases import CASES, Case
 from laws import LAWS, Law, estimate
-from natgrad import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, Approximation, Diagonal, EigenCorrected, ExactFisher
+from natgrad import (
+    EKFAC,
+    KFAC,
+    KPSVD,
+    TEKFAC,
+    TKFAC,
+    Approximation,
+    Diagonal,
+    EigenCorrected,
+    ExactFisher,
+    Woodbury,
+)
 from natgrad import matrix as matrices
 from natgrad.capture import Capture
 from natgrad.fishers import Mean, Stats
@@ -200,3 +213,29 @@ def test_laws_bite(broken: Callable[[], Approximation], check: Callable[[Case, s
     case = Case("broken", broken, trace="fisher", partial_traces="fisher", below=KFAC, products=1)
     with pytest.raises((AssertionError, matrices.FactorisationError)):
         check(case, shape)
+
+
+# The law of the damped inverse allows for rounding and nothing else.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_law_01_fails_for_a_damping_that_is_off_by_a_millionth(
+    case: Case, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(estimate(case.make(), random_capture(2, shape)))
+    right = kind.inverse
+    monkeypatch.setattr(kind, "inverse", lambda matrix, damping: right(matrix, damping * (1 + 1e-6)))
+    with pytest.raises(AssertionError, match="relative error"):
+        laws.law_01_damped_inverse_is_the_dense_solve(case, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("part", ["LowRank.gram", "cholesky", "_along", "_combine"])
+def test_law_01_fails_for_a_part_of_the_gram_form_in_single_precision(
+    part: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right: Callable[..., Tensor] = attrgetter(part)(matrices.low_rank)
+    monkeypatch.setattr(f"natgrad.matrix.low_rank.{part}", lambda *args: right(*args).float().double())
+    with pytest.raises(AssertionError, match="relative error"):
+        laws.law_01_damped_inverse_is_the_dense_solve(Case("Woodbury", Woodbury), shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -209,6 +209,15 @@ def test_the_spectral_vector_belongs_to_the_smallest_eigenvalues_of_both_factors
         R = SpectralSpace().vectors(part.inverse, torch.zeros(part.inverse.shape))[0]
         q_G, q_A = (torch.linalg.eigh(factor).eigenvectors[..., :1] for factor in (matrix.left, matrix.right))
         assert_equal((R * (q_G @ q_A.mT)).sum((-2, -1)).abs(), torch.ones(R.shape[:-2]))
+
+
+def test_the_spectral_vector_of_a_layer_with_groups_does_not_hang_on_the_signs_that_eigh_chose() -> None:
+    """It is a sum over the groups, whose eigenvectors may come with either sign."""
+    seen = {"0": [random_capture(3, "grouped")]}
+    spectrum: Any = parts_of(TwoLevel(EKFAC(), SpectralSpace()), seen, DAMPING)["0"].inverse
+    turned = replace(spectrum, left=spectrum.left * torch.tensor([1.0, -1.0, 1.0])[:, None, None])
+    vectors = [SpectralSpace().vectors(inverse, torch.zeros(inverse.shape)) for inverse in (spectrum, turned)]
+    assert torch.equal(*vectors)
 
 
 def test_krylov_vectors_are_powers_of_the_fine_inverse() -> None:

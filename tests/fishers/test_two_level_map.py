@@ -157,7 +157,8 @@ def test_the_fixed_coarse_matrix_is_made_once() -> None:
 
 @every_space
 def test_float32_is_close_to_float64_and_blocks_keep_their_dtype(space: CoarseSpace) -> None:
-    seen = two_batches(convolutions)
+    # rounding turns an eigenvector by u |X| / gap: up to 2e4 u of the smallest in convolutions, 2e2 u in the perceptron
+    seen = two_batches(perceptron if isinstance(space, SpectralSpace) else convolutions)
     M = gradients(seen)
     single = {name: [c.to(torch.float32) for c in captures] for name, captures in seen.items()}
     expected = flat(map_of(TwoLevel(KFAC(), space, "residual"), seen, 1.0) @ M)

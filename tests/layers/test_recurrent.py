@@ -371,7 +371,7 @@ def test_an_lstm_language_model_trains_with_the_defaults_and_is_covered() -> Non
 def test_autocast_gives_the_type_that_the_fused_kernel_gives(make: Any) -> None:
     model, x = kind(make, True, num_layers=2)().float(), torch.randn(N, T, IN).float()
     with torch.autocast("cpu", torch.bfloat16):
-        plain = model(x)
+        plain = _fused(model, x)
         with armed(model, None) as engine:
             watched = model(x)
             watched.float().square().sum().backward()
@@ -379,3 +379,13 @@ def test_autocast_gives_the_type_that_the_fused_kernel_gives(make: Any) -> None:
     assert watched.dtype == plain.dtype
     assert_equal(watched.detach().float(), plain.detach().float(), 2e-2)
     assert len(engine.layers) == 4 and all(list(record.captures(layer)) for layer in engine.layers.values())
+
+
+def _fused(model: nn.Module, x: Tensor) -> Tensor:
+    """What torch gives on its own: for an LSTM in bfloat16 an error, on processors without AVX-512."""
+    try:
+        return model(x)
+    except RuntimeError as refusal:
+        if "could not create a primitive" not in str(refusal):
+            raise
+        pytest.skip("torch has no fused kernel for this on this processor")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.capture import Capture
 from natgrad.matrix.base import LinearMap, Matrix, check_damping
-from natgrad.matrix.factorise import FactorisationError, cholesky, shifted
+from natgrad.matrix.factorise import FactorisationError, cholesky, cholesky_inverse
 
 _CHUNK = 1 << 25  # elements held at once in float64
 
@@ -98,7 +98,7 @@ class LowRankInverse(LinearMap):
     def dense(self) -> Tensor:
         """(U^T U / count + damping I)^-1, the other side of the identity."""
         F = LowRank(self.a.double(), self.g.double(), self.count.double()).dense()
-        return torch.linalg.inv_ex(shifted(F, self.damping)).inverse.to(self.a.dtype)
+        return cholesky_inverse(F, self.damping).to(self.a.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """The same map moved, and never cast: in fewer digits nothing would be left of the difference."""

@@ -32,7 +32,7 @@ class SpectralSpace(CoarseSpace):
     """
 
     def vectors(self, inverse: LinearMap, r: Tensor) -> Tensor:
-        """The eigenvector of the largest eigenvalue of the inverse; one a group, of equal weight."""
+        """The eigenvector of the largest eigenvalue of the inverse; one a group, of equal weight and fixed sign."""
         if not isinstance(inverse, HasSpectrum):
             raise ValueError(
                 f"SpectralSpace needs a base whose inverse has an eigenbasis, not {type(inverse).__name__}"
@@ -42,7 +42,7 @@ class SpectralSpace(CoarseSpace):
         width = spectrum.shape[-1]
         q_G = spectrum.left.take_along_dim(place // width, -1)
         q_A = spectrum.right.take_along_dim(place % width, -1)
-        return (q_G @ q_A.mT).to(r.dtype).unsqueeze(0)
+        return _signed(q_G @ q_A.mT).to(r.dtype).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,10 @@ class KrylovResidual(CoarseSpace):
         """One fine step for the residual, and two."""
         z = inverse @ r
         return torch.stack([z, inverse @ z])
+
+
+def _signed(q: Tensor) -> Tensor:
+    """q (*groups, out, in), each with its largest entry positive: groups add up, and eigh gives a vector any sign."""
+    flat = q.flatten(-2)
+    largest = flat.take_along_dim(flat.abs().argmax(-1, keepdim=True), -1)
+    return q * largest.sign().unsqueeze(-1)
