@@ -53,7 +53,7 @@ from natgrad.capture import Capture
 from natgrad.engine import Engine
 from natgrad.fishers import Coupled, Part
 from natgrad.labels import Labels
-from natgrad.layers import cover
+from natgrad.layers import expected
 from natgrad.matrix import (
     Factored,
     Kronecker,
@@ -346,13 +346,12 @@ def deep() -> tuple[nn.Module, dict[str, list[Capture]]]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    covered = cover(model).layers
-    engine = Engine(model, covered.values(), Labels(Categorical(), "exact"))
+    engine = Engine(model, Labels(Categorical(), "exact"))
     engine.armed = True
     model(x)
     (record,) = engine.everything()
     engine.close()
-    return model, {name: list(record.captures(layer)) for name, layer in covered.items()}
+    return model, {name: list(record.captures(layer)) for name, layer in engine.layers.items()}
 
 
 def network_fisher() -> Tensor:
@@ -413,7 +412,8 @@ def two_level() -> Figure:
     model, (x, y) = deep()[0], digits()
     model.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
-    M = {name: layer.pack([p.grad for p in layer.parameters]) for name, layer in cover(model).layers.items()}
+    layers = expected(model).layers
+    M = {name: layer.pack([p.grad for p in layer.parameters]) for name, layer in layers.items()}
     exact = torch.linalg.solve(B, flat(M))
     spaces = (Nicolaides(), SpectralSpace(), KrylovNicolaides(), ResidualSpace(), KrylovResidual())
     left = {}

@@ -20,15 +20,23 @@ BELOW: dict[str, set[str]] = {
     "jets": set(),
     "sparse": {"capture"},
     "layers": {"capture", "jets", "sparse"},
+    "operations": {"hooks", "jets", "layers", "sparse"},
     "labels": {"likelihoods"},
     "fishers": {"matrix", "capture"},
-    "record": {"capture", "layers", "sparse"},
-    "engine": {"capture", "hooks", "labels", "layers", "record"},
+    "calls": set(),
+    "rows": {"labels", "operations"},
+    "record": {"capture", "layers", "operations", "rows", "sparse"},
+    "engine": {"calls", "capture", "hooks", "labels", "layers", "operations", "record", "rows"},
+    "look": {"engine", "hooks", "layers", "operations"},
     "fisher": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
-    "reconstruction": {"engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "matrix"},
-    "optim": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
-    "fngd": {"engine", "record", "capture", "fishers", "hooks", "layers", "matrix", "optim"},
-}
+    "reconstruction": {
+        "engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix", "operations", "rows",
+    },
+    "optim": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix"},
+    "fngd": {
+        "calls", "engine", "record", "rows", "capture", "fishers", "hooks", "layers", "matrix", "operations", "optim",
+    },
+}  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "race")
 CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("__init__.py", "__main__.py")]
 

@@ -106,6 +106,8 @@ class Engine:
         for record in records:
             record.check()
             record.settle(self._filled)
+            strays = ((*stray, True) for stray, tasks in record.strays.items() if tasks & self._filled.keys())
+            self.inventory.add((), strays)
         self._forget()
         return records
 
@@ -209,12 +211,21 @@ class Engine:
         record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
             record.inputs = args, kwargs
+        if self.labels is None:
+            self._follow_strays(record, watch)
         self._sort(record, watch, reached)
         self._which = Examples(self._which.start + record.examples())
         if not record.calls:
             return
         self._tap()
         (self._records.append if self._lasting else self._waiting.add)(record)
+
+    def _follow_strays(self, record: Record, watch: Watch) -> None:
+        """Without labels: see which operations without a rule the user's loss depends on."""
+        for p, what, y in watch.strays:
+            tasks = record.strays.setdefault((self.inventory.name(p), what), set())
+            if y is not None:
+                y.register_hook(partial(_enter, tasks))
 
     def _alive(self, record: Record, gradient: Tensor) -> None:
         record.tasks.add(torch._C._current_graph_task_id())
@@ -329,6 +340,10 @@ class Engine:
                 reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
+
+
+def _enter(tasks: set[int], gradient: Tensor) -> None:
+    tasks.add(torch._C._current_graph_task_id())
 
 
 def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:

@@ -75,6 +75,7 @@ class Record:
     mask: Tensor | None = None
     random: Tensor | None = None
     tasks: set[int] = field(default_factory=set)
+    strays: dict[tuple[str, str], set[int]] = field(default_factory=dict)
     _by_task: list[tuple[Call, dict[int, Tensor]]] = field(default_factory=list)
 
     def add(self, call: Call, layer: Layer, swapped: bool) -> None:

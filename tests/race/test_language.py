@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from natgrad.layers import expected
+from natgrad.look import look
 from natgrad.race import language
 from natgrad.race.entries import ENTRIES
 from natgrad.race.run import Rules, run
@@ -60,9 +61,9 @@ def test_the_lstm_is_the_one_of_torch() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weight_matrix_is_covered(name: str) -> None:
     model = small(name)
-    covered = {id(p) for layer in expected(model).layers.values() for p in layer.parameters}
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    assert all(id(p) in covered | tables for p in model.parameters() if p.ndim == 2)
+    for found in (look(model, (torch.randint(11, (2, 9)),)).coverage(), expected(model)):
+        covered = {id(p) for layer in found.layers.values() for p in layer.parameters}
+        assert all(id(p) in covered for p in model.parameters() if p.ndim == 2)
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing_are_eight() -> None:

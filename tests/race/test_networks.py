@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.layers import cover
+from natgrad.layers import expected
+from natgrad.look import look
 from natgrad.race import networks
 from natgrad.race.tasks import FACES, RELU, TASKS
 from natgrad.race.transformer import Transformer
@@ -77,13 +78,13 @@ def test_a_word_depends_on_the_source_but_not_on_its_padding(small: Transformer)
 
 
 def test_natural_gradients_cover_all_of_the_transformer(small: Transformer) -> None:
-    found = cover(small)
-    assert not found.uncovered
     norms = sum(isinstance(module, torch.nn.LayerNorm) for module in small.modules())
-    tables = [layer for layer in found.layers.values() if isinstance(layer.module, torch.nn.Embedding)]
-    assert len(tables) == sum(isinstance(module, torch.nn.Embedding) for module in small.modules()) > 0
-    assert len(found.layers) == 6 + 10 + 1 + norms + len(tables)
-    assert all(len(x.parameters) == (1 if x in tables else 2) for x in found.layers.values())
+    for found in (look(small, (torch.randint(1, 11, (3, 2, 6)),)).coverage(), expected(small)):
+        assert not found.uncovered
+        tables = [layer for layer in found.layers.values() if layer.kind == "tokens"]
+        assert len(tables) == sum(isinstance(module, torch.nn.Embedding) for module in small.modules()) > 0
+        assert len(found.layers) == 6 + 10 + 1 + norms + len(tables)
+        assert all(len(x.parameters) == (1 if x in tables else 2) for x in found.layers.values())
 
 
 def test_all_tasks_have_a_name_of_their_own() -> None:

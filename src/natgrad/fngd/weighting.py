@@ -75,6 +75,7 @@ class Weighting:
         self.told: dict[int, Tensor] = {}
         self._model, self._needs_ids, self._engine = model, needs_ids, engine
         self._which, self._running = Examples(), False
+        self._last: Weigher | None = None
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self.around = out_of_graph(self._around)
         self.follow(Plan())
@@ -90,7 +91,7 @@ class Weighting:
 
     def begin(self, step: int) -> None:
         """Count the examples of this step of the epoch from the next forward pass on."""
-        self._which, self.told, self._outside = Examples(step), {}, False
+        self._which, self.told, self._outside, self._last = Examples(step), {}, False, None
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -105,6 +106,9 @@ class Weighting:
 
     def _around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pass, weighed if it is one to weigh."""
+        if not self._running and self._last is not None and self._repeats:
+            with as_written(), self._last.again():
+                return call(*args, **kwargs)
         if self._running or not self._wanted():
             return call(*args, **kwargs)
         with as_written():
@@ -121,6 +125,11 @@ class Weighting:
                 self._tell(count)
         return output
 
+    @property
+    def _repeats(self) -> bool:
+        """Whether an activation checkpoint around the model computes again a pass that was weighed."""
+        return self._outside and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+
     def _wanted(self) -> bool:
         training = torch.is_grad_enabled() and self._model.training
         if not training or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state():
@@ -135,7 +144,7 @@ class Weighting:
             before = engine._which.start
             output = call(*args, **kwargs)
             return output, engine._which.start - before
-        weigher = Weigher(self.plan, replace(self._which, ids=self.ids))
+        self._last = weigher = Weigher(self.plan, replace(self._which, ids=self.ids))
         with weigher:
             output = call(*args, **kwargs)
         return output, weigher.finish(tree_leaves((args, kwargs)))

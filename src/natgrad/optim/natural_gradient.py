@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
+from natgrad.optim.checkpoints import check_checkpoint, check_parameters, check_processes
 from natgrad.optim.clock import new_clock, remember
 from natgrad.optim.coverage import matrices_of, report
 from natgrad.optim.damping import Damping
@@ -27,7 +28,15 @@ from natgrad.optim.fallback import Watch, no_samples
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
-from natgrad.optim.proposal import Proposal, keeping, move, remember_layer, restore_dtypes, without_blanks
+from natgrad.optim.proposal import (
+    Proposal,
+    keeping,
+    moves_of,
+    remember_layer,
+    restore_dtypes,
+    whole,
+    without_blanks,
+)
 from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
@@ -130,6 +139,7 @@ class NaturalGradient(torch.optim.Optimizer):
         observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
+        check_processes()
         self._expected = expected(model, tuple(exclude), wide)
         check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
@@ -259,12 +269,14 @@ class NaturalGradient(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        check_parameters(self.model, self.param_groups)
         self._group_of = {id(p): group for group in self._natural for p in group["params"]}
+        records = self._engine.take()
         self._learn_layers()
         for p in self.model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
-        proposal = self._propose(self._engine.take())
+        proposal = self._propose(records)
         if proposal is None:
             self._clock["skipped"] += 1
             warnings.warn(f"step {self.steps} skipped: a gradient, an input or an output is not finite", stacklevel=3)
@@ -338,25 +350,35 @@ class NaturalGradient(torch.optim.Optimizer):
         return {name: rates[id(self._curvature.layers[name].weight)] / lr if lr else 1.0 for name in names}, lr
 
     def _apply(self, proposal: Proposal) -> None:
-        self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
+        """Apply a step, whole: what can fail comes first, and is taken back if it does."""
+        layers = self._curvature.layers
+        moves = moves_of(proposal, layers, self.state, self._group_of)
+        rules = list(self._rest_of_groups(proposal))
+        moved, kept = self._entries(proposal.moves), [layers[name] for name in proposal.moves]
+        stepped = [p for parameters, _ in rules for p in parameters if p.grad is not None]
+        with whole(stepped, self.state), keeping(kept, [p for p in stepped if id(p) in moved]):
+            for parameters, settings in rules:
+                self._first_order(parameters, settings)
+        moves.apply(self.state)
         if proposal.curvature is not self._now:
             for name, curvature in proposal.curvature.items():
-                remember_layer(self._curvature.layers[name], curvature, self.state)
+                remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
+        self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if not self._engine.inventory.facts and not any(group["lr"] for group in self.param_groups):
             self._foresee()
-        move(proposal, self._curvature.layers, self.state, self._group_of)
+
+    def _rest_of_groups(self, proposal: Proposal) -> Iterator[tuple[list[nn.Parameter], dict[str, Any]]]:
+        """The parameters that a first-order rule steps, and its settings."""
+        moved = self._entries(proposal.moves)
+        covered = {id(p) for layer in self._covered.layers.values() for p in layer.parameters}
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                self._first_order(group["params"], group)
-        moved, kept = self._entries(proposal.moves), [self._curvature.layers[name] for name in proposal.moves]
-        covered = {id(p) for layer in self._covered.layers.values() for p in layer.parameters}
-        for group in self._natural:
-            rest = [
-                p for p in group["params"] if moved.get(id(p), 0) < p.numel() and (group["lr"] or id(p) not in covered)
-            ]
-            with keeping(kept, [p for p in rest if id(p) in moved]):
-                self._first_order(rest, adamw_settings(group, self._adamw))
+                yield group["params"], group
+            else:
+                rest = (p for p in group["params"] if moved.get(id(p), 0) < p.numel())
+                chosen = [p for p in rest if group["lr"] or id(p) not in covered]
+                yield chosen, adamw_settings(group, self._adamw)
 
     def _foresee(self) -> None:
         """Name the state of the layers that are expected: distributed checkpoints ask for it before there is a pass."""
@@ -451,25 +473,42 @@ class NaturalGradient(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()``; a resumed run then continues bit for bit.
 
-        Raises ``ValueError`` for one of another approximation, and then changes nothing.
+        Raises ``ValueError`` for what does not fit whole (another approximation, model or optimizer, a layer missing,
+        numbers that are not finite), and then changes nothing.
         """
+        check_checkpoint(state_dict, self.param_groups)
         before, uses = {"state": self.state, "param_groups": self.param_groups}, self._engine.inventory.saved()
-        super().load_state_dict(state_dict)
-        restore_dtypes(self.param_groups, self.state, state_dict)
-        without_blanks(self.state)
-        now = State()
         try:
-            self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
-            self._learn_layers()
-            states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
-            if any("observations" in state for state in states.values()):
-                now = self._curvature.restored(states)
-        except ValueError:
+            super().load_state_dict(state_dict)
+            restore_dtypes(self.param_groups, self.state, state_dict)
+            without_blanks(self.state)
+            now = self._restored()
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self.__setstate__(before)
             self._engine.inventory.restore(uses)
             self._learn_layers()
-            raise
+            raise ValueError(str(error)) from error
         self._now, self._report = now, {}
         for name, curvature in now.items():
             remember_layer(self._curvature.layers[name], curvature, self.state)
         self._arm()
+
+    def _restored(self) -> State:
+        """The curvature that the state holds."""
+        self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
+        self._learn_layers()
+        states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
+        known = {name for name, state in states.items() if "observations" in state}
+        if not known:
+            return State()
+        if known != states.keys():
+            raise ValueError(f"the checkpoint lacks the curvature of {', '.join(sorted(states.keys() - known))}")
+        return self._curvature.restored(states)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_engine" not in vars(self):
+            raise AttributeError(
+                f"{name}: this is a copy of a NaturalGradient, which has no model; make a new one of the copied model, "
+                "and give it the state_dict() of the old one"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

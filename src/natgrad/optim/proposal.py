@@ -30,31 +30,74 @@ class Proposal:
     lr: float
 
 
-def move(
+@dataclass(frozen=True)
+class Moves:
+    """The changes of a step, computed: nothing is left to do that could fail.
+
+    ``momenta`` are the new P of the layers, by weight and name in its state; ``changes`` are (part, decay, change,
+    factor) of every part of a parameter: it becomes decay part + factor change.
+    """
+
+    momenta: list[tuple[nn.Parameter, str, Tensor]]
+    changes: list[tuple[Tensor, float, Tensor, float]]
+
+    def apply(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
+        """In place."""
+        for weight, name, P in self.momenta:
+            state[weight][name] = P
+        for part, decay, change, factor in self.changes:
+            if decay != 1.0:
+                part.mul_(decay)
+            part.add_(change, alpha=factor)
+
+
+def moves_of(
     proposal: Proposal, layers: Mapping[str, Layer], state: Mapping[Any, dict[str, Any]], settings: Mapping[int, Any]
-) -> None:
+) -> Moves:
     """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0.
 
     P is the ``momentum`` in the state of a layer's weight; ``settings`` are the groups of parameters by their ids.
     """
     mu, alpha = proposal.decision.mu, proposal.decision.alpha
+    moves = Moves([], [])
     for name, layer in layers.items():
         parameters = layer.parameters
-        P, group = state[parameters[0]][f"{layer.slot}momentum"], settings[id(parameters[0])]
-        D = proposal.moves.get(name)
+        key, group = f"{layer.slot}momentum", settings[id(parameters[0])]
+        P, D = state[parameters[0]].get(key), proposal.moves.get(name)
+        if P is None or P.shape != layer.shape:
+            P = torch.zeros(layer.shape, dtype=layer.weight.dtype, device=layer.weight.device)
         if D is None or not group["lr"]:
-            P.zero_()
+            P = torch.zeros_like(P)
+        if D is not None and group["lr"]:
+            P = torch.mul(P, mu).to(D.dtype).add_(D, alpha=alpha)
+        moves.momenta.append((parameters[0], key, P))
         if D is None:
             continue
-        if group["lr"]:
-            P.mul_(mu).add_(D, alpha=alpha)
         step = torch.add(mu * P, D, alpha=alpha) if group["nesterov"] else P
         for p, part, change in zip(parameters, layer.parts(list(parameters)), layer.unpack(step), strict=True):
             own = settings.get(id(p), group)
-            if own["weight_decay"]:
-                part.mul_(1 - own["lr"] * own["weight_decay"])
+            decay = 1 - own["lr"] * own["weight_decay"] if own["weight_decay"] else 1.0
             share = 1.0 if own is group or not group["lr"] else own["lr"] / group["lr"]
-            part.add_(change, alpha=-proposal.lr * share)
+            moves.changes.append((part, decay, change, -proposal.lr * share))
+    return moves
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter], state: MutableMapping[Any, dict[str, Any]]) -> Iterator[None]:
+    """What is done to parameters and their state here is done whole, or taken back."""
+    chosen = list(parameters)
+    before = [(p, p.clone(), _copied(state.get(p, {}))) for p in chosen]
+    try:
+        yield
+    except BaseException:
+        for p, values, own in before:
+            p.copy_(values)
+            state[p] = own
+        raise
+
+
+def _copied(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in own.items()}
 
 
 @contextmanager
