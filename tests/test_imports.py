@@ -30,7 +30,8 @@ BELOW: dict[str, set[str]] = {
     "look": {"engine", "hooks", "layers", "operations"},
     "fisher": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "reconstruction": {
-        "engine", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix", "operations", "rows",
+        "engine", "rows", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix",
+        "operations",
     },
     "optim": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix"},
     "fngd": {

@@ -194,5 +194,5 @@ def test_a_module_around_the_one_that_is_called_is_named() -> None:
         def configure_optimizers(self) -> Any:
             return optimizer_of(self)
 
-    with pytest.warns(UserWarning, match=r"net.0.weight, .* net.2.bias; AdamW steps them; observed is what the very module"):
+    with pytest.warns(UserWarning, match=r"net.0.weight, .* net.2.bias; AdamW steps them; observed is what the very"):
         fitted(Around())
