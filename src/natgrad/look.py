@@ -57,13 +57,21 @@ def _pass(
 ) -> None:
     model = inventory.model
     stand = {name: _stand_in(p, fake) for name, p in inventory.parameters.items()}
-    buffers = {name: b.clone() if fake is None else _faked(fake, b) for name, b in model.named_buffers()}
+    places = {id(p): stand[name] for name, p in inventory.parameters.items()}
+    every = {}
+    for path, module in model.named_modules():  # every module once, also where it has several names
+        prefix = f"{path}." if path else ""
+        for name, x in [*module._parameters.items(), *module._buffers.items()]:
+            if x is not None:
+                if id(x) not in places:
+                    places[id(x)] = x.clone() if fake is None else _faked(fake, x)
+                every[prefix + name] = places[id(x)]
     watched = {id(p) for p in inventory.watched}
     watch = Watch(
         {x: inventory.parameters[name] for name, x in stand.items() if id(inventory.parameters[name]) in watched}
     )
     with torch.enable_grad(), as_written(), _renamed(model, method) as called, watch:
-        output = functional_call(called, {**stand, **buffers}, args, kwargs)
+        output = functional_call(called, every, args, kwargs, tie_weights=False)
     learn(inventory, watch, _reached(watch, output))
 
 

@@ -54,8 +54,8 @@ class Rows:
     second: bool = False
 
     def arrangement(self, sizes: torch.Size, first: bool = False, shared: bool = False) -> Arrangement:
-        """Where the examples are among positions of these sizes: a dimension of their number, else a multiple of it.
-        If they are known to be ``first``, no other dimension is looked at.
+        """Where the examples are among positions of these sizes: the first dimension (or that which they prefer) if it
+        is their number or a multiple of it, else another of their number, if they are not known to be ``first``.
 
         Positions that fit nowhere count as examples themselves; those that are known to be ``shared`` are one.
         """
@@ -64,14 +64,14 @@ class Rows:
             return Arrangement(sizes, shared=True)
         if n is None or not sizes:
             return Arrangement(sizes)
-        order = [0] if first else [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
-        for d in order:
+        for d in [0] if first else [self.dim, 0]:
             if d < len(sizes) and sizes[d] == n:
                 return Arrangement(sizes, d)
-        if sizes[0] > n and sizes[0] % n == 0:
+        if n and sizes[0] > n and sizes[0] % n == 0:
             times = sizes[0] // n
             return Arrangement(sizes, 0, times, 1) if self.apart else Arrangement(sizes, 0, 1, times)
-        return Arrangement(sizes)
+        others = [d for d, size in enumerate(sizes) if size == n and not first]
+        return Arrangement(sizes, others[0] if others else 0)
 
     def matches(self, sizes: torch.Size) -> bool:
         """Whether positions of these sizes can be told apart by example."""

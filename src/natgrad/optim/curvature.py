@@ -138,15 +138,22 @@ class LayerCurvature:
     def with_state(self, state: Mapping[str, Any], layer: str) -> Self:
         """The inverse of :meth:`state`, on a placeholder of the same approximation and layer.
 
-        Raises ``ValueError`` for the state of another approximation.
+        Raises ``ValueError`` for the state of another approximation, or of a layer of another shape.
         """
         kinds = ("stats.", "matrix.", "inverse.")
-        own = self.state().keys()
+        blank = self.state()
+        own = blank.keys()
         foreign = own ^ {name for name in state if name.startswith(kinds) or name in own}
         if foreign:
             raise ValueError(
                 f"layer {layer!r}: the checkpoint is of another approximation or version; only there or only here is "
                 f"{', '.join(sorted(foreign))}"
+            )
+        misshapen = [name for name, value in blank.items() if isinstance(value, Tensor) and _differ(value, state[name])]
+        if misshapen:
+            raise ValueError(
+                f"layer {layer!r}: the checkpoint is of another model or approximation; of another shape is "
+                f"{', '.join(sorted(misshapen))}"
             )
 
         def tensors(kind: str) -> dict[str, Tensor]:
@@ -168,3 +175,10 @@ class LayerCurvature:
 def _decay(batches: float, decay: float) -> float:
     """The weight of an average of so many batches when one more comes in."""
     return min(1 - 1 / (batches + 1), decay)
+
+
+def _differ(blank: Tensor, value: Any) -> bool:
+    """Whether a value is no tensor like its placeholder, whose dimensions of one are those that depend on the data."""
+    if not isinstance(value, Tensor) or value.ndim != blank.ndim:
+        return True
+    return any(size not in (1, own) for size, own in zip(blank.shape, value.shape, strict=True))

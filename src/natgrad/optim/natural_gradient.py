@@ -503,6 +503,10 @@ class NaturalGradient(torch.optim.Optimizer):
             return State()
         if known != states.keys():
             raise ValueError(f"the checkpoint lacks the curvature of {', '.join(sorted(states.keys() - known))}")
+        for name, layer in self._curvature.layers.items():
+            if "momentum" in states[name] and states[name]["momentum"].shape != layer.shape:
+                found, wanted = tuple(states[name]["momentum"].shape), tuple(layer.shape)
+                raise ValueError(f"layer {name!r}: the checkpoint has a block of {found}, and here it is {wanted}")
         return self._curvature.restored(states)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,1 @@
+"""Networks as people write them: weights that no `nn.Linear` holds, and modules of torch in their usual uses."""

@@ -1,0 +1,286 @@
+"""A step, a checkpoint, a copy: whole, or refused as a whole. What happened in other people's programs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optim.training import OwnNorm, same, values
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from natgrad import EKFAC, KFAC, Bernoulli, Categorical, JointWoodbury, KLLimit, NaturalGradient
+from oracles import assert_equal
+
+N = 6
+
+
+def mlp(width: int = 5) -> nn.Sequential:
+    """Two linear layers, and a norm that no rule reads."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), OwnNorm(width), nn.Linear(width, 3))
+
+
+def transposed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 3))
+
+
+def batch(seed: int = 0, shape: tuple[int, ...] = (4,)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N, *shape, generator=generator), torch.randint(3, (N,), generator=generator)
+
+
+def optimizer_of(model: nn.Module, approximation: Any = None, **settings: Any) -> NaturalGradient:
+    settings = {"likelihood": Categorical(), "step_size": KLLimit(), "refresh_every": 2, "observe_every": 1, **settings}
+    return NaturalGradient(model, approximation, **settings)
+
+
+def backward(model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor]) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(data[0]), data[1]).backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Any, shape: tuple[int, ...] = (4,)) -> None:
+    for seed in seeds:
+        backward(model, optimizer, batch(seed, shape))
+        optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: NaturalGradient) -> Any:
+    """All that a failure must leave as it was."""
+    found = optimizer.state_dict()
+    return values(model), copy.deepcopy(found["state"]), copy.deepcopy(found["param_groups"]), str(optimizer)
+
+
+# More than one process.
+
+
+@pytest.mark.parametrize("settings", [{}, {"adamw": False}, {"step_size": KLLimit()}])
+def test_a_run_of_several_processes_is_refused(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    with pytest.raises(RuntimeError, match="one process, and here are 2"):
+        NaturalGradient(model, likelihood=Categorical(), **settings)
+    assert not model._forward_hooks and "_compiled_call_impl" not in vars(model)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 1)
+    train(model, NaturalGradient(model, likelihood=Categorical(), **settings), range(2))
+
+
+def _construct(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = nn.Linear(2, 2)
+    replica = nn.parallel.DistributedDataParallel(model)
+    refused = 0
+    for given in (model, replica):
+        try:
+            NaturalGradient(given)
+        except RuntimeError as error:
+            refused += "one process" in str(error)
+    Path(folder, f"rank{rank}").write_text(str(refused))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_that_meet_are_refused(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_construct, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2", "2"]
+
+
+# A checkpoint that does not fit.
+
+
+def of_adam(saved: Any) -> Any:
+    model = mlp()
+    adam = torch.optim.Adam(model.parameters())
+    train(model, adam, range(2))
+    return adam.state_dict()
+
+
+def of_shapes(saved: Any) -> Any:
+    model = mlp(7)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    return optimizer.state_dict()
+
+
+def of_layers_of_other_shapes(saved: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 5), OwnNorm(5), nn.Linear(5, 3))
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    found = optimizer.state_dict()
+    kept = {0: found["state"][0], 1: {}, 2: saved["state"][2], 3: saved["state"][3], 4: found["state"][6], 5: {}}
+    return {**saved, "state": kept}
+
+
+def of_approximation(saved: Any) -> Any:
+    model = mlp()
+    optimizer = optimizer_of(model, EKFAC())
+    train(model, optimizer, range(3))
+    return optimizer.state_dict()
+
+
+def of_other_layers(saved: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    return optimizer.state_dict()
+
+
+def without_a_layer(saved: Any) -> Any:
+    last = max(saved["state"])
+    for key in (last - 1, last):
+        saved["state"][key] = {}
+    return saved
+
+
+def without_an_entry(saved: Any) -> Any:
+    del saved["state"][0]["inverse.left"]
+    return saved
+
+
+def with_nan(name: str) -> Callable[[Any], Any]:
+    def change(saved: Any) -> Any:
+        for own in saved["state"].values():
+            for key in own:
+                if key.startswith(name):
+                    own[key].fill_(math.nan)
+        return saved
+
+    return change
+
+
+def with_infinite_momentum(saved: Any) -> Any:
+    saved["state"][0]["momentum"].fill_(math.inf)
+    return saved
+
+
+def of_two_groups(saved: Any) -> Any:
+    model = mlp()
+    optimizer = optimizer_of(model, groups=[{"params": [model[0].weight, model[0].bias], "lr": 0.1}])
+    train(model, optimizer, range(3))
+    return optimizer.state_dict()
+
+
+def without_clock(saved: Any) -> Any:
+    del saved["param_groups"][0]["clock"]
+    return saved
+
+
+def with_a_swapped_statistic(saved: Any) -> Any:
+    saved["state"][0]["stats.A"] = torch.eye(9)
+    return saved
+
+
+MISFITS: dict[str, Callable[[Any], Any]] = {
+    "Adam": of_adam,
+    "shapes": of_shapes,
+    "shapes of layers": of_layers_of_other_shapes,
+    "approximation": of_approximation,
+    "other layers": of_other_layers,
+    "layer missing": without_a_layer,
+    "entry missing": without_an_entry,
+    "nan in statistics": with_nan("stats"),
+    "nan in an inverse": with_nan("inverse"),
+    "nan in AdamW's": with_nan("exp_avg"),
+    "infinite momentum": with_infinite_momentum,
+    "groups": of_two_groups,
+    "no clock": without_clock,
+    "another shape": with_a_swapped_statistic,
+    "a list": lambda saved: [saved],
+    "none": lambda saved: None,
+    "empty": lambda saved: {},
+    "a model's": lambda saved: mlp().state_dict(),
+}
+
+
+@pytest.mark.parametrize("trained", [0, 3])
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(misfit: str, trained: int) -> None:
+    source = mlp()
+    other = optimizer_of(source)
+    train(source, other, range(3))
+    saved = MISFITS[misfit](copy.deepcopy(other.state_dict()))
+    (model, optimizer), (twin, plain) = ((m, optimizer_of(m)) for m in (mlp(), mlp()))
+    for m, o in ((model, optimizer), (twin, plain)):
+        train(m, o, range(10, 10 + trained))
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(saved)
+    assert same(everything(model, optimizer), before)
+    for m, o in ((model, optimizer), (twin, plain)):
+        train(m, o, range(20, 23))
+    assert same(everything(model, optimizer), everything(twin, plain))
+
+
+# A step is whole.
+
+
+class Failing(TorchDispatchMode):
+    """The allocation number ``at`` fails, as it does where there is no memory left."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left, self.failed = at, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        if not schema.is_mutable and not any(result.alias_info is not None for result in schema.returns):
+            self.left -= 1
+            if self.left == 0:
+                self.failed = True
+                raise RuntimeError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("approximation", [KFAC(), EKFAC(), JointWoodbury()], ids=repr)
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (4,)), (transposed, (4, 2, 2))], ids=["mlp", "transposed"])
+def test_a_step_in_which_an_allocation_fails_is_whole(make: Any, shape: tuple[int, ...], approximation: Any) -> None:
+    model = make()
+    optimizer = optimizer_of(model, approximation)
+    train(model, optimizer, range(2), shape)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), values(model)
+
+    def reset() -> tuple[nn.Module, NaturalGradient]:
+        model = make()
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), weights, strict=True):
+                p.copy_(value)
+        optimizer = optimizer_of(model, approximation)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        return model, optimizer
+
+    model, optimizer = reset()
+    train(model, optimizer, [5], shape)
+    after = values(model), copy.deepcopy(optimizer.state_dict()["state"])
+    k, passed, torn = 0, False, []
+    while not passed:
+        k += 1
+        model, optimizer = reset()
+        backward(model, optimizer, batch(5, shape))
+        before = values(model), copy.deepcopy(optimizer.state_dict()["state"])
+        failing = Failing(k)
+        try:
+            with failing:
+                optimizer.step()
+        except RuntimeError as error:
+            assert "out of memory" in str(error), error
+        passed = not failing.failed
+        now = values(model), optimizer.state_dict()["state"]
+        if not (same(now, before) or same(now, after)):
+            torn.append(k)
+        if k % 7 == 0:
+            backward(model, optimizer, batch(6, shape))
+            optimizer.step()
+            assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert not torn and k > 20
