@@ -135,8 +135,9 @@ class LayerCurvature:
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
         return parts | {name: getattr(self, name) for name in _COUNTERS} | {"damping": self.damping}
 
-    def with_state(self, state: Mapping[str, Any], layer: str) -> Self:
-        """The inverse of :meth:`state`, on a placeholder of the same approximation and layer.
+    def with_state(self, state: Mapping[str, Any], layer: str, spanning: bool = False) -> Self:
+        """The inverse of :meth:`state`, on a placeholder of the same approximation and layer; statistics that are
+        ``spanning`` several layers have shapes of those.
 
         Raises ``ValueError`` for the state of another approximation, or of a layer of another shape.
         """
@@ -149,23 +150,27 @@ class LayerCurvature:
                 f"layer {layer!r}: the checkpoint is of another approximation or version; only there or only here is "
                 f"{', '.join(sorted(foreign))}"
             )
-        misshapen = [name for name, value in blank.items() if isinstance(value, Tensor) and _differ(value, state[name])]
-        if misshapen:
-            raise ValueError(
-                f"layer {layer!r}: the checkpoint is of another model or approximation; of another shape is "
-                f"{', '.join(sorted(misshapen))}"
-            )
+        compared = [name for name in own if name.startswith("stats.") and not spanning]
+        misshapen = {name for name in compared if _differ(blank[name], state[name])}
 
         def tensors(kind: str) -> dict[str, Tensor]:
             start = f"{kind}."
             return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
 
         counters = {name: int(state[name]) for name in _COUNTERS}
+        inverse = self.inverse.with_tensors(tensors("inverse"))
+        if inverse.shape != self.inverse.shape:
+            misshapen.add("inverse")
+        if misshapen:
+            raise ValueError(
+                f"layer {layer!r}: the checkpoint is of another model or approximation; of another shape is "
+                f"{', '.join(sorted(misshapen))}"
+            )
         return replace(
             self,
             stats={name: statistic.restored(state[f"stats.{name}"]) for name, statistic in self.stats.items()},
             matrix=None if self.matrix is None else self.matrix.with_tensors(tensors("matrix")),
-            inverse=self.inverse.with_tensors(tensors("inverse")),
+            inverse=inverse,
             damping=float(state["damping"]),
             applied=None,
             **counters,

@@ -92,7 +92,7 @@ class Layerwise:
         curvature = LayerCurvature.empty(self.of(name), layer)
         if "observations" not in kept or kept.get("momentum", curvature.inverse).shape != layer.shape:
             return curvature.prepared(self.fast(name))
-        return curvature.with_state(kept, name).prepared(self.fast(name))
+        return curvature.with_state(kept, name, self.approximation.together).prepared(self.fast(name))
 
     def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
         """The state after the observation and the refresh that are due at this step."""
