@@ -331,7 +331,7 @@ def test_a_run_goes_on_after_an_interrupt_as_if_the_pass_had_not_been(
         train(model, optimizer, range(2))
         hooks = _hooks(model)
         if interrupted:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
                 if place == "step":
                     with monkeypatch.context() as patched:
                         patched.setattr(torch.Tensor, "add_", _interrupt)
@@ -353,6 +353,10 @@ def test_a_run_goes_on_after_an_interrupt_as_if_the_pass_had_not_been(
         train(model, optimizer, range(2, 6))
         trained.append((values(model), optimizer.state_dict()["state"]))
     assert same(*trained)
+
+
+def _on_the_way_back(y: Tensor, stop: Stop) -> None:
+    y.register_hook(lambda g: stop())
 
 
 def _interrupt(*args: Any, **kwargs: Any) -> Any:
@@ -395,3 +399,117 @@ def test_a_step_in_which_ctrl_c_is_pressed_is_whole(approximation: Any) -> None:
         if interrupting.left > 0:
             break
     assert k > 20
+
+
+# Parameters of other kinds, and other parameters.
+
+
+class Fourier(nn.Module):
+    """A spectral convolution, as in a Fourier neural operator, between two linear layers."""
+
+    def __init__(self, scale: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(1, 4), nn.Linear(4, 3)
+        self.modes = nn.Parameter(torch.randn(4, 4, 3, dtype=torch.complex128) / 4)
+        self.scale = nn.Parameter(torch.ones(4, dtype=torch.complex128)) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.unsqueeze(-1)).mT
+        spectrum = torch.einsum("ncm,com->nom", torch.fft.rfft(h)[..., :3], self.modes)
+        if self.scale is not None:
+            spectrum = spectrum * self.scale[:, None]
+        return self.last((h + torch.fft.irfft(spectrum, n=h.shape[-1])).mT.tanh()).mean(1)
+
+
+class Rotation(nn.Module):
+    """A linear layer of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn, self.last = nn.Linear(4, 5, dtype=torch.complex128), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.turn(x + 0j).real.tanh())
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), None], ids=["likelihood", "own loss"])
+@pytest.mark.parametrize("make", [Fourier, lambda: Fourier(True), Rotation], ids=["modes", "scale", "linear"])
+def test_complex_parameters_step_as_under_adamw(make: Any, likelihood: Any) -> None:
+    model, twin = make(), make()
+    rule = {"lr": 0.01, "weight_decay": 0.1}
+    optimizer = optimizer_of(model, likelihood=likelihood, adamw=rule)
+    plain = torch.optim.AdamW([p for p in twin.parameters() if p.is_complex()], **rule)
+    for seed in range(4):
+        backward(model, optimizer, batch(seed))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        plain.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            if p.is_complex():
+                assert torch.equal(p, q)
+    rows = [line for line in str(optimizer).splitlines() if any(n in line for n in ("modes", "scale", "turn"))]
+    assert rows and all("complex" in row and "AdamW" in row for row in rows)
+    assert "last" in optimizer.layers and float(optimizer.state[model.last.weight]["momentum"].norm()) > 0
+
+
+CASTS: dict[str, Callable[[nn.Module], Any]] = {
+    "double": lambda model: model.double(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "there and back": lambda model: model.bfloat16().float(),
+    "one layer": lambda model: model[0].double() and model[2].double(),
+}
+
+
+@pytest.mark.parametrize("approximation", [KFAC(), EKFAC(), JointWoodbury()], ids=["KFAC", "EKFAC", "JointWoodbury"])
+@pytest.mark.parametrize("policy", [KLLimit(), None], ids=["limit", "default"])
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_model_may_change_its_dtype_in_mid_training(cast: str, policy: Any, approximation: Any) -> None:
+    model = mlp().float()
+    optimizer = optimizer_of(model, approximation, step_size=policy)
+
+    def step(seed: int) -> Tensor:
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x.to(model[0].weight.dtype)).float(), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    if cast == "one layer":
+        model[3].register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+    for seed in range(3):
+        step(seed)
+    CASTS[cast](model)
+    before = values(model)
+    for seed in range(3, 8):
+        assert bool(step(seed).isfinite())
+    moved = [not torch.equal(a, b) for a, b in zip(before, values(model), strict=True)]
+    assert moved[0] and moved[1] and moved[4] and moved[5]  # AdamW's steps may be less than a rounding
+    for p in model.parameters():
+        own = optimizer.state[p]
+        for name in ("momentum", "exp_avg", "exp_avg_sq"):
+            assert name not in own or own[name].dtype == p.dtype
+    saved = copy.deepcopy(optimizer.state_dict())
+    twin = copy.deepcopy(model)
+    again = optimizer_of(twin, approximation)
+    again.load_state_dict(saved)
+    assert same(again.state_dict()["state"], saved["state"])
+
+
+def test_a_model_made_double_in_mid_training_goes_on_as_one_that_was_double() -> None:
+    trained = []
+    for dtype in (torch.float32, torch.float64):
+        model = mlp().to(dtype)
+        optimizer = optimizer_of(model)
+        for seed in range(6):
+            if seed == 3:
+                model.double()
+            x, y = batch(seed)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(model[0].weight.dtype)), y).backward()
+            optimizer.step()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert_equal(trained[0], trained[1], 1e-5)

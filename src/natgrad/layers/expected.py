@@ -28,7 +28,9 @@ def expected(model: nn.Module, exclude: Sequence[str] = (), wide: int | None = W
     facts = (fact for module in model.modules() for fact in _facts(inventory, module))
     inventory.add(fact for fact in facts if not inventory.excluded(fact.weight.parameter))
     found = inventory.coverage()
-    reasons = {name: why if why == "excluded" else "known after a pass" for name, why in found.uncovered.items()}
+    reasons = {
+        name: why if why in ("excluded", "complex") else "known after a pass" for name, why in found.uncovered.items()
+    }
     return Coverage(found.layers, reasons, expected=True)
 
 

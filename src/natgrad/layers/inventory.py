@@ -160,7 +160,8 @@ class Inventory:
         }
 
     def _trains(self, place: Place) -> bool:
-        return place.parameter in self.parameters and self.parameters[place.parameter].requires_grad
+        p = self.parameters.get(place.parameter)
+        return p is not None and p.requires_grad and not p.is_complex()
 
     def _blocks(self, facts: Iterable[Fact]) -> Iterator[_Block]:
         """The uses of every weight that have one block; none of a weight whose uses have no common one."""
@@ -221,6 +222,8 @@ class Inventory:
     def _reason(self, name: str) -> str:
         if self.excluded(name):
             return "excluded"
+        if self.parameters[name].is_complex():
+            return "complex"
         used = any(fact.weight.parameter == name or (fact.bias and fact.bias.parameter == name) for fact in self.facts)
         if name in self._conflicts and used:
             return self._conflicts[name]

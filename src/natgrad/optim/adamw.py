@@ -48,3 +48,5 @@ def adamw_direction(p: nn.Parameter, state: dict[Any, dict[str, Any]], group: Ma
 def _begin(p: nn.Parameter, state: dict[Any, dict[str, Any]]) -> None:
     if "exp_avg" not in state[p]:
         state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if state[p]["exp_avg"].dtype != p.dtype:  # which may have changed
+        state[p] |= {name: state[p][name].to(p.dtype) for name in ("exp_avg", "exp_avg_sq")}

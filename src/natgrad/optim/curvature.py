@@ -57,6 +57,11 @@ class LayerCurvature:
         return self.observations > 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the statistics."""
+        return next(iter(self.stats.values())).value.dtype
+
+    @property
     def refreshed(self) -> bool:
         """Whether there is an inverse of something that was seen."""
         return self.refreshes > 0
@@ -84,6 +89,12 @@ class LayerCurvature:
         if self.applied is not None:
             return self
         return replace(self, applied=self.inverse if dtype is None else self.inverse.to(dtype))
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The same in another precision, that of statistics of a layer whose own has changed."""
+        stats = {name: statistic.to(dtype) for name, statistic in self.stats.items()}
+        matrix = None if self.matrix is None else self.matrix.to(dtype)
+        return replace(self, stats=stats, matrix=matrix, inverse=self.inverse.to(dtype), applied=None)
 
     def refresh(self, approximation: Approximation, damping: float, name: str) -> Self:
         """A new matrix and inverse; on failure in float64, else the old ones; the third time it raises."""

@@ -47,7 +47,7 @@ class Watch:
             why = found.uncovered.get(name, "")
             if id(p) not in stepped:
                 left.append(name)
-            elif "rule" in why or "common block" in why:
+            elif "rule" in why or "common block" in why or why == "complex":
                 unread.append(f"{name} ({why})")
             else:
                 unseen.append(name)

@@ -73,14 +73,22 @@ class Layerwise:
     def filled(self, state: State, kept: Callable[[Layer], Mapping[str, Any]] | None = None) -> State:
         """The state with placeholders for layers that it lacks, or whose bias was frozen or unfrozen since.
 
-        What is ``kept`` of a layer, under the names of a checkpoint, takes their place where it has the layer's shape.
+        It has the precision of the layers, which may have changed. What is ``kept`` of a layer, under the names of a checkpoint, takes their place where it has the layer's shape.
         """
         if state.layers.keys() == self.layers.keys() and all(_fits(c, self.layers[n]) for n, c in state.items()):
-            return state
+            return self._cast(state)
         joined = self.approximation.together and state.layers  # statistics span the layers, and start anew
         known = {n: c for n, c in state.items() if not joined and n in self.layers and _fits(c, self.layers[n])}
         saved = kept if kept is not None and not joined else (lambda layer: {})
         layers = {n: known.get(n) or self._begun(n, saved(layer)) for n, layer in self.layers.items()}
+        return self._cast(State(layers, self._couple(layers)))
+
+    def _cast(self, state: State) -> State:
+        """The state in the precision of the layers."""
+        dtypes = {name: torch.promote_types(layer.weight.dtype, torch.float32) for name, layer in self.layers.items()}
+        if all(c.dtype == dtypes[name] for name, c in state.items()):
+            return state
+        layers = {n: c.cast(dtypes[n]).prepared(self.fast(n)) for n, c in state.items()}
         return State(layers, self._couple(layers))
 
     def restored(self, states: Mapping[str, dict[str, Any]]) -> State:

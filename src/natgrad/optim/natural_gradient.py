@@ -341,7 +341,7 @@ class NaturalGradient(torch.optim.Optimizer):
         M = blocks(layers)
         D = self._curvature.precondition(curvature, M)
         kept = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
-        P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p for n, p in kept.items()}
+        P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:

@@ -69,7 +69,7 @@ def moves_of(
         if P is None or P.shape != layer.shape:
             P = torch.zeros(layer.shape, dtype=layer.weight.dtype, device=layer.weight.device)
         if D is None or not group["lr"]:
-            P = torch.zeros_like(P)
+            P = torch.zeros_like(P, dtype=layer.weight.dtype)
         if D is not None and group["lr"]:
             P = torch.mul(P, mu).to(D.dtype).add_(D, alpha=alpha)
         moves.momenta.append((parameters[0], key, P))
