@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, Protocol
 from weakref import ref
@@ -15,7 +16,6 @@ import torch
 from torch import nn
 
 _MARK = -1  # among the numbers of hooks, where it is that of none: torch.compile then does not go past the call
-_IGNORED = ("_compiled_call_impl", "__jit_ignored_attributes__")  # by torch.jit.script
 
 
 class Watcher(Protocol):
@@ -27,6 +27,21 @@ class Watcher(Protocol):
         """What ``call(*args, **kwargs)`` returns."""
 
 
+class _Marked(OrderedDict[int, bool]):
+    """With the mark, which copies and pickles are without."""
+
+    def __init__(self, flags: Mapping[int, bool]) -> None:
+        super().__init__(flags)
+        self[_MARK] = True
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (list(_unmarked(self).items()),)
+
+
+def _unmarked(flags: Mapping[int, bool]) -> OrderedDict[int, bool]:
+    return OrderedDict((key, flag) for key, flag in flags.items() if key != _MARK)
+
+
 class Calls:
     """The calls of one model, and of those of its methods that are named, by way of its watchers."""
 
@@ -35,7 +50,7 @@ class Calls:
         self._compiled = vars(model).get("_compiled_call_impl")
         self.watchers: list[Watcher] = []
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model at these arguments."""
         model = self._model()
         assert model is not None
@@ -59,9 +74,8 @@ def _around(watcher: Watcher, plain: Callable[..., Any], *args: Any, **kwargs: A
 
 def calls_of(model: nn.Module) -> Calls | None:
     """The calls of a model that is watched."""
-    call = vars(model).get("_compiled_call_impl")
-    owner = getattr(call, "__self__", None)
-    return owner if isinstance(owner, Calls) else None
+    calls = vars(model).get("_compiled_call_impl")
+    return calls if isinstance(calls, Calls) else None
 
 
 def watch_calls(model: nn.Module, watcher: Watcher, methods: tuple[str, ...] = ()) -> None:
@@ -75,10 +89,8 @@ def watch_calls(model: nn.Module, watcher: Watcher, methods: tuple[str, ...] = (
     calls = calls_of(model)
     if calls is None:  # or the model has been compiled since
         calls = Calls(model)
-        vars(model)["_compiled_call_impl"] = calls.call
-        own = getattr(model, "__jit_ignored_attributes__", ())
-        vars(model)["__jit_ignored_attributes__"] = list(dict.fromkeys((*own, *_IGNORED)))
-        model._forward_hooks_with_kwargs[_MARK] = True
+        vars(model)["_compiled_call_impl"] = calls
+        vars(model)["_forward_hooks_with_kwargs"] = _Marked(model._forward_hooks_with_kwargs)
     if watcher not in calls.watchers:
         calls.watchers.append(watcher)
     for name in methods:
@@ -97,8 +109,7 @@ def release_calls(model: nn.Module, watcher: Watcher) -> None:
         vars(model)["_compiled_call_impl"] = calls._compiled
         if calls._compiled is None:
             del vars(model)["_compiled_call_impl"]
-        vars(model).pop("__jit_ignored_attributes__", None)
-        model._forward_hooks_with_kwargs.pop(_MARK, None)
+        vars(model)["_forward_hooks_with_kwargs"] = _unmarked(model._forward_hooks_with_kwargs)
 
 
 def _method(method: Callable[..., Any]) -> Callable[..., Any]:

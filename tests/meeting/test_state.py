@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from natgrad import EKFAC, KFAC, Bernoulli, Categorical, JointWoodbury, KLLimit, NaturalGradient
@@ -513,3 +514,156 @@ def test_a_model_made_double_in_mid_training_goes_on_as_one_that_was_double() ->
             optimizer.step()
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert_equal(trained[0], trained[1], 1e-5)
+
+
+def new_head(model: nn.Module) -> None:
+    torch.manual_seed(7)
+    model[3] = nn.Linear(5, 3)
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def through_meta(model: nn.Module) -> None:
+    saved = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(saved)
+
+
+def new_parameter(model: nn.Module) -> None:
+    model[0].bias = nn.Parameter(torch.zeros(5))
+
+
+def lost_bias(model: nn.Module) -> None:
+    model[0].bias = None
+
+
+def weight_norm(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model[0])
+
+
+REPLACEMENTS = [new_head, assigned, through_meta, new_parameter, lost_bias, weight_norm]
+
+
+@pytest.mark.parametrize("when", ["before the first pass", "between two steps", "between pass and step"])
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_parameters_that_were_replaced_are_one_clear_error_and_nothing_moves(replace: Any, when: str) -> None:
+    model = mlp()
+    optimizer = optimizer_of(model)
+    if when != "before the first pass":
+        train(model, optimizer, range(3))
+    if when == "between pass and step":
+        backward(model, optimizer, batch(5))
+    replace(model)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    before = values(model), [p.detach().clone() for p in held], copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no longer those of the model"):
+            if when == "between pass and step":
+                optimizer.step()
+            else:
+                train(model, optimizer, [5])
+        assert same((values(model), [p.detach() for p in held], optimizer.state_dict()), before)
+    fresh = optimizer_of(model)
+    train(model, fresh, range(5, 8))
+    assert all(not torch.equal(a, p) for a, p in zip(before[0], values(model), strict=True))
+    assert str(optimizer)
+
+
+@pytest.mark.parametrize("replace", [new_head, assigned, new_parameter])
+def test_new_parameters_can_be_handed_over_in_place_of_the_old_ones(replace: Any) -> None:
+    model = mlp()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    replace(model)
+    own = {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in own]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer.add_param_group({"params": [p for p in model.parameters() if id(p) not in held]})
+    before = values(model)
+    train(model, optimizer, range(5, 9))
+    assert all(not torch.equal(a, p) for a, p in zip(before, values(model), strict=True))
+    assert {"0", "3"} <= set(optimizer.layers) and "0" in str(optimizer)
+    copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("method", [prune.l1_unstructured, prune.random_unstructured, prune.ln_structured])
+def test_a_layer_may_be_pruned_in_mid_training(method: Any) -> None:
+    """While it is, its weight is a product with a mask: what is masked stays, and the rest is trained."""
+    model = mlp()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    more = {"n": 2, "dim": 0} if method is prune.ln_structured else {}
+    method(model[0], "weight", amount=0.4, **more)
+    mask, before = model[0].weight_mask.clone(), values(model)
+    train(model, optimizer, range(3, 7))
+    assert all(not torch.equal(a, p) for a, p in zip(before, values(model), strict=True))
+    assert torch.equal(model[0].weight == 0, mask == 0)
+    assert "0.weight_orig" in str(optimizer) or "0.weight" in str(optimizer)
+    saved, twin = copy.deepcopy(optimizer.state_dict()), mlp()
+    method(twin[0], "weight", amount=0.4, **more)
+    twin.load_state_dict(model.state_dict())
+    again = optimizer_of(twin)
+    again.load_state_dict(saved)
+    for m, o in ((model, optimizer), (twin, again)):
+        train(m, o, range(7, 10))
+    assert same(values(twin), values(model))
+    prune.remove(model[0], "weight")
+    train(model, optimizer, range(10, 12))
+    assert not torch.equal(model[0].weight == 0, mask == 0)
+
+
+# Copies.
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), copy.copy])
+def test_a_copy_of_the_optimizer_says_what_to_do(duplicate: Any) -> None:
+    model = mlp()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    before = everything(model, optimizer)
+    with pytest.raises((TypeError, AttributeError), match=r"new one of the copied model.*state_dict"):
+        duplicate(optimizer).step()
+    with pytest.raises((TypeError, AttributeError), match=r"new one of the copied model.*state_dict"):
+        str(duplicate(optimizer))
+    assert same(everything(model, optimizer), before)
+    train(model, optimizer, range(2, 4))
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded]
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("likelihood", [Categorical(), None], ids=["likelihood", "own loss"])
+def test_a_copy_of_a_model_has_no_trace_of_its_optimizer(likelihood: Any, duplicate: Any) -> None:
+    model = mlp()
+    optimizer = optimizer_of(model, likelihood=likelihood)
+    train(model, optimizer, range(2))
+    twin = duplicate(model)
+    assert vars(twin).keys() == vars(mlp()).keys()
+    for mine, fresh in zip(twin.modules(), mlp().modules(), strict=True):
+        assert vars(mine).keys() == vars(fresh).keys()
+        for name, value in vars(mine).items():
+            assert not name.endswith(("hooks", "_with_kwargs", "always_called")) or not value
+    optimizer.zero_grad()
+    twin(batch(0)[0]).sum().backward()
+    assert not optimizer._engine.pending
+    del optimizer, model
+    own = optimizer_of(twin, likelihood=likelihood)
+    train(twin, own, range(2, 4))
+    plain = mlp()
+    plain.load_state_dict(duplicate(twin).state_dict())
+    both = []
+    for m in (plain, duplicate(twin)):
+        o = optimizer_of(m, likelihood=likelihood)
+        train(m, o, range(4, 6))
+        both.append(values(m))
+    assert same(*both)
