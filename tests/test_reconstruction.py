@@ -439,9 +439,16 @@ def test_sampled_labels_are_fresh_at_every_refresh_and_the_same_for_the_same_see
     assert error(metric_of(models[0]).stats["G"].value, G[0]) > 1e-3
 
 
+class Uncovered(nn.PReLU):
+    """Slopes that are used in a way that no rule reads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.prelu(input, self.weight.abs())
+
+
 def test_the_observing_pass_leaves_modes_running_statistics_and_gradients_alone() -> None:
     norm = nn.BatchNorm1d(5)
-    uncovered = nn.PReLU(5)
+    uncovered = Uncovered(5)
     model = nn.Sequential(nn.Linear(6, 5), norm, uncovered, nn.Dropout(0.5).eval(), nn.Linear(5, 3))
     gradients(model, X, Y)
     assert uncovered.weight.grad is not None and norm.running_mean is not None

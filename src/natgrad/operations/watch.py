@@ -94,8 +94,10 @@ class Watch(TorchFunctionMode):
         return id(x) in self._constants or id(x) in self._parameters
 
     def _follow(self, func: Any, given: list[Tensor], constant: bool, result: Any) -> None:
-        """What is computed from constants is one, and so is what is made of numbers, such as positions."""
-        if constant and (given or getattr(func, "__name__", "") in _MADE):
+        """What is computed from constants is one, and so is what is made of numbers, such as positions; but not what
+        repeats one, for every example."""
+        name = getattr(func, "__name__", "")
+        if constant and (name not in _REPEATED if given else name in _MADE):
             self._constants.update((id(y), y) for y in _tensors((result,)))
 
     # What rules call.
@@ -330,6 +332,9 @@ _COPIES = {
 }  # fmt: skip
 """Operations whose result has the entries of what they are given, in memory of its own."""
 
+
+_REPEATED = {"expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile"}
+"""Functions that repeat what they are given."""
 
 _MADE = {"arange", "linspace", "tensor", "as_tensor", "eye", "meshgrid", "range"}
 """Functions that make positions and the like of numbers."""
