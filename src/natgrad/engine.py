@@ -137,6 +137,7 @@ class Engine:
         if self._running or not self._wanted():
             return call(*args, **kwargs)
         self._outside = torch._C._current_graph_task_id() == -1
+        self.inventory.refresh()
         record = Record(which=self._which)
         if self._once is not False and self.labels is not None:
             record.random = torch.random.get_rng_state()

@@ -68,17 +68,38 @@ class Inventory:
         self._places: dict[tuple[Place, Form], tuple[str, bool]] = {}
         self._built: Any = None
         self._conflicts: dict[str, str] = {}
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the parameters of the model anew."""
         self.names: dict[str, list[str]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self._of: dict[int, str] = {}
-        for name, p in self.model.named_parameters(remove_duplicate=False):
+        self._found: list[tuple[str, int]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the parameters of the model anew, and forget what was seen of those that are no longer there."""
+        found = list(self.model.named_parameters(remove_duplicate=False))
+        if [(name, id(p)) for name, p in found] == self._found:
+            return
+        self._found = [(name, id(p)) for name, p in found]
+        before = self.parameters
+        self.names, self.parameters, self._of = {}, {}, {}
+        for name, p in found:
             first = self._of.setdefault(id(p), name)
             self.names.setdefault(first, []).append(name)
             self.parameters.setdefault(first, p)
+        if before:
+            self._forget(
+                {n for n, p in before.items() if n not in self.parameters or self.parameters[n].shape != p.shape}
+            )
+
+    def _forget(self, gone: set[str]) -> None:
+        """Forget the uses of some names."""
+        kept = (
+            f for f in self.facts if f.weight.parameter not in gone and (not f.bias or f.bias.parameter not in gone)
+        )
+        self.facts = dict.fromkeys(kept)
+        self.strays = {name: known for name, known in self.strays.items() if name not in gone}
+        self._built = None
+        self.add(())
 
     @property
     def watched(self) -> list[nn.Parameter]:

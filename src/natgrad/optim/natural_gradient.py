@@ -167,6 +167,7 @@ class NaturalGradient(torch.optim.Optimizer):
         }
         self._engine = Engine(model, labels, not observe_in_eval, lasting=False, **watched)
         self._engine.close_with(self)
+        self._known = self._engine.inventory.parameters
         self.param_groups[0]["uses"] = self._engine.inventory.saved()
         self._engine.keep_inputs = step_size.needs_inputs
         self._arm()
@@ -414,6 +415,10 @@ class NaturalGradient(torch.optim.Optimizer):
     @property
     def _covered(self) -> Coverage:
         inventory = self._engine.inventory
+        inventory.refresh()
+        if inventory.parameters is not self._known:  # the model has others since
+            self._known = inventory.parameters
+            self._expected = expected(self.model, inventory.exclude, self._wide)
         found = inventory.coverage() if inventory.facts or inventory.strays else self._expected
         return within(found, self.model, self._held())
 
@@ -423,12 +428,15 @@ class NaturalGradient(torch.optim.Optimizer):
     def _learn_layers(self) -> None:
         """Take over the layers that passes have shown since the last step."""
         inventory = self._engine.inventory
+        inventory.refresh()
         inventory.add(())  # what is trained may have changed
         (layers, groups), held = self._learnt, self._held()
         if layers is not inventory.layers or groups != held:
             found = self._covered.layers if inventory.layers else {}
             check_layers(self._curvature.approximation, found.values())
             self._learnt = inventory.layers, held
+            for p in [p for p in self.state if id(p) not in held]:  # taken out of param_groups
+                del self.state[p]
             self._curvature = replace(self._curvature, layers=found)
             self.param_groups[0]["uses"] = inventory.saved()
 
