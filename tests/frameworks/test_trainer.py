@@ -76,7 +76,7 @@ def test_a_language_model_learns_and_is_covered(tmp_path: Path) -> None:
 def test_a_classifier_learns_with_the_optimizer_that_the_trainer_makes(tmp_path: Path) -> None:
     model = bert()
     how = NaturalGradient, {"model": model, "approximation": EKFAC(), "likelihood": CLASS, "estimator": "exact"}
-    settings: Any = {"per_device_train_batch_size": 64, "num_train_epochs": 12, "logging_steps": 4}
+    settings: Any = {"per_device_train_batch_size": 64, "num_train_epochs": 20, "logging_steps": 4}
     trainer = trainer_of(model, tmp_path, two_kinds(n=256), how=how, **settings)
     trainer.train()
     optimizer = trainer.optimizer.optimizer  # Accelerate wraps it
