@@ -133,7 +133,7 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
     if batch_dim is not None and tensors:
         count, dim = tensors[0].shape[batch_dim], batch_dim
     else:
-        count, dim = _known(tensors, outputs, watch) or (_by_sizes([len(x) for x in tensors], rows, watch), 0)
+        count, dim = _known(tensors, outputs, watch) or (_by_sizes([x.size(0) for x in tensors], rows, watch), 0)
     if rows is None or count is None or not outputs:
         return Rows(count, dim)
     if len(outputs) > 1:
@@ -147,7 +147,7 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
 
 def _known(tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, watch: Watch) -> tuple[int, int] | None:
     """The number of examples that operations know of, and their dimension, if all agree and inputs and outputs do."""
-    sizes = {size for x in tensors for size in x.shape[:2]}
+    sizes = {size for x in tensors for size in (x.shape[:2] if not x.is_nested else [x.size(0)])}
     pairs = [pair for pair in dict.fromkeys(watch.batches) if pair[0] in sizes]
     if len({n for n, _ in pairs}) != 1:
         return None

@@ -7,7 +7,7 @@ import io
 import math
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from natgrad import EKFAC, KFAC, Bernoulli, Categorical, JointWoodbury, KLLimit, NaturalGradient
+from natgrad import EKFAC, KFAC, Categorical, JointWoodbury, KLLimit, NaturalGradient
 from optim.training import OwnNorm, same, values
 from oracles import assert_equal
 
@@ -439,7 +439,7 @@ class Rotation(nn.Module):
 @pytest.mark.parametrize("make", [Fourier, lambda: Fourier(True), Rotation], ids=["modes", "scale", "linear"])
 def test_complex_parameters_step_as_under_adamw(make: Any, likelihood: Any) -> None:
     model, twin = make(), make()
-    rule = {"lr": 0.01, "weight_decay": 0.1}
+    rule: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
     optimizer = optimizer_of(model, likelihood=likelihood, adamw=rule)
     plain = torch.optim.AdamW([p for p in twin.parameters() if p.is_complex()], **rule)
     for seed in range(4):
@@ -638,7 +638,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded]
+COPIES: list[Any] = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded]
 
 
 @pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "pickle", "torch.save"])
