@@ -19,50 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meeting.small import backward, batch, everything, mlp, optimizer_of, train, transposed
 from natgrad import EKFAC, KFAC, Categorical, JointWoodbury, KLLimit, NaturalGradient
 from optim.training import OwnNorm, same, values
 from oracles import assert_equal
-
-N = 6
-
-
-def mlp(width: int = 5) -> Any:
-    """Two linear layers, and a norm that no rule reads."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), OwnNorm(width), nn.Linear(width, 3))
-
-
-def transposed() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 3))
-
-
-def batch(seed: int = 0, shape: tuple[int, ...] = (4,)) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(N, *shape, generator=generator), torch.randint(3, (N,), generator=generator)
-
-
-def optimizer_of(model: nn.Module, approximation: Any = None, **settings: Any) -> NaturalGradient:
-    settings = {"likelihood": Categorical(), "step_size": KLLimit(), "refresh_every": 2, "observe_every": 1, **settings}
-    return NaturalGradient(model, approximation, **settings)
-
-
-def backward(model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor]) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(data[0]), data[1]).backward()
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Any, shape: tuple[int, ...] = (4,)) -> None:
-    for seed in seeds:
-        backward(model, optimizer, batch(seed, shape))
-        optimizer.step()
-
-
-def everything(model: nn.Module, optimizer: NaturalGradient) -> Any:
-    """All that a failure must leave as it was."""
-    found = optimizer.state_dict()
-    return values(model), copy.deepcopy(found["state"]), copy.deepcopy(found["param_groups"]), str(optimizer)
-
 
 # More than one process.
 
@@ -559,7 +519,7 @@ def test_parameters_that_were_replaced_are_one_clear_error_and_nothing_moves(rep
     held = [p for group in optimizer.param_groups for p in group["params"]]
     before = values(model), [p.detach().clone() for p in held], copy.deepcopy(optimizer.state_dict())
     for _ in range(2):
-        with pytest.raises(ValueError, match="no longer those of the model"):
+        with pytest.raises(ValueError, match="no longer those of the model"):  # noqa: PT012
             if when == "between pass and step":
                 optimizer.step()
             else:
