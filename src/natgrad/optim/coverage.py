@@ -105,7 +105,7 @@ def coverage(
 
 
 def matrices_of(model: nn.Module, found: Coverage, wide: int | None) -> dict[str, nn.Parameter]:
-    """The parameters that no adapter covers and that are matrices."""
+    """The parameters that no rule reads and that are matrices."""
     return {name: p for name, p in model.named_parameters() if name in found.uncovered and is_matrix(p, wide)}
 
 

@@ -47,9 +47,9 @@ from natgrad.record import Record, Sharing
 class NaturalGradient(torch.optim.Optimizer):
     """theta <- theta - lr (alpha D + mu P), with D = (F + damping I)^-1 grad for a structured Fisher F (Amari 1998).
 
-    P is the previous direction; alpha and mu are the business of ``step_size``. Layers that have an adapter follow the
+    P is the previous direction; alpha and mu are the business of ``step_size``. Weights whose use is seen follow the
     natural gradient, every other parameter AdamW; ``print(optimizer)`` says which is which, and why. The training loop
-    is the usual one, the model's ``forward`` is observed by hooks. Memory beside the model: statistics, matrix and
+    is the usual one, calls of the model are observed. Memory beside the model: statistics, matrix and
     inverse of the approximation and one direction. Cost: what the approximation says, and ``docs/step-size.md``.
 
     Args:
@@ -75,11 +75,11 @@ class NaturalGradient(torch.optim.Optimizer):
         exclude: names of modules left to AdamW.
         wide: sides of more inputs or outputs get a diagonal in place of a covariance, ``None`` for none; the token side
             of an embedding always. Where the approximation has no such form, KFAC stands in, as ``print`` says.
-        shampoo: whether matrices that no adapter covers follow Shampoo at the length of AdamW's step, which needs no
+        shampoo: whether matrices that no rule reads follow Shampoo at the length of AdamW's step, which needs no
             more than their gradient, and not AdamW, as all that is not a matrix does.
         groups: dicts with ``params`` and their own ``lr`` or ``weight_decay``; the rest forms a group of its own.
-        adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``; ``False`` leaves the parameters
-            without curvature to an optimizer of your own.
+        adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``; ``False`` leaves what is
+            not expected to have curvature to an optimizer of your own.
         precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
             the block is large) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.

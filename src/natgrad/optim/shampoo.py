@@ -1,4 +1,4 @@
-"""Shampoo for matrices that no adapter covers: curvature of the mean gradients alone (Gupta, Koren and Singer 2018)."""
+"""Shampoo for matrices that no rule reads: curvature of the mean gradients alone (Gupta, Koren and Singer 2018)."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def reconstruct(
     Adam, and weight decay on W' is decay in the norm of F~. Layers that the data do not reach stay as they are.
 
     Args:
-        model: any module; layers without an adapter, frozen, tied or excluded ones, and those that are not
+        model: any module; parameters that no rule reads, frozen, tied or excluded ones, and those that are not
             called as modules (attention, recurrences) stay as they are.
         batches: (inputs, targets) pairs for the statistics, read once, in ``eval()`` mode.
         approximation: the metric. ``SNGD()``: inputs only; ``KFAC(rule=Ridge())`` with ``damping=1e-4``: both sides;
