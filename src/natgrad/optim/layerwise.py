@@ -73,7 +73,8 @@ class Layerwise:
     def filled(self, state: State, kept: Callable[[Layer], Mapping[str, Any]] | None = None) -> State:
         """The state with placeholders for layers that it lacks, or whose bias was frozen or unfrozen since.
 
-        It has the precision of the layers, which may have changed. What is ``kept`` of a layer, under the names of a checkpoint, takes their place where it has the layer's shape.
+        It has the precision of the layers, which may have changed. What is ``kept`` of a layer, under the names of a
+        checkpoint, takes their place where it has the layer's shape.
         """
         if state.layers.keys() == self.layers.keys() and all(_fits(c, self.layers[n]) for n, c in state.items()):
             return self._cast(state)
