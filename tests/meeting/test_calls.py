@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meeting.small import N, backward, batch, everything, mlp, optimizer_of, train
+from meeting.loop import N, backward, batch, everything, mlp, optimizer_of, train
 from natgrad import KFAC, Bernoulli, Categorical, Constant, ExactFisher, NaturalGradient
 from optim.training import same, values
 from oracles import assert_equal

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meeting.small import N, backward, batch, mlp, optimizer_of, train
+from meeting.loop import N, backward, batch, mlp, optimizer_of, train
 from natgrad import EKFAC, FNGD, KFAC, Automatic, Categorical, NaturalGradient
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meeting.small import backward, batch, everything, mlp, optimizer_of, train, transposed
+from meeting.loop import backward, batch, everything, mlp, optimizer_of, train, transposed
 from natgrad import EKFAC, KFAC, Categorical, JointWoodbury, KLLimit, NaturalGradient
 from optim.training import OwnNorm, same, values
 from oracles import assert_equal
