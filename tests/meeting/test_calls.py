@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loop import N, backward, batch, everything, mlp, optimizer_of, same, train, values
 from torch import Tensor, nn
 
-from meeting.loop import N, backward, batch, everything, mlp, optimizer_of, train
 from natgrad import KFAC, Bernoulli, Categorical, Constant, ExactFisher, NaturalGradient
-from optim.training import same, values
 from oracles import assert_equal
 
 # Groups.
@@ -42,7 +41,7 @@ def test_weight_decay_on_matrices_alone_is_the_step_written_by_hand(biases: Any)
             P = optimizer.state[layer.weight]["momentum"]
             k = P[0].numel() if P.ndim > 2 else P.numel()  # of a group, as those of a norm are
             matrix = optimizer.state[layer.weight]["stats.F"].reshape(-1, k, k) + 0.1 * torch.eye(k)
-            M = layer.pack([p.grad for p in layer.parameters]).reshape(-1, k)
+            M = layer.pack([p.grad for p in layer.parameters if p.grad is not None]).reshape(-1, k)
             D = torch.linalg.solve(matrix, M)
             old = momentum.get(layer.name, torch.zeros_like(D))
             momentum[layer.name] = 0.5 * old + D

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loop import OwnNorm, backward, batch, everything, mlp, optimizer_of, same, train, transposed, values
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meeting.loop import backward, batch, everything, mlp, optimizer_of, train, transposed
 from natgrad import EKFAC, KFAC, Categorical, JointWoodbury, KLLimit, NaturalGradient
-from optim.training import OwnNorm, same, values
 from oracles import assert_equal
 
 # More than one process.
