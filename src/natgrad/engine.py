@@ -66,6 +66,9 @@ class Engine:
         self._taps: list[Any] = []
         self._methods, self._running = tuple(calls), False
         self._once: bool | None = None
+        self._hooked = False  # whether modules have backward hooks of the user
+        self._own: list[tuple[str, int]] = []
+        self._watched = self.inventory.watched
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self.around = out_of_graph(self._around)
         self.attach()
@@ -137,17 +140,18 @@ class Engine:
         if self._running or not self._wanted():
             return call(*args, **kwargs)
         self._outside = torch._C._current_graph_task_id() == -1
-        self.inventory.refresh()
+        modules = _modules(self._model)
+        self._renew(modules)
         record = Record(which=self._which)
         if self._once is not False and self.labels is not None:
             record.random = torch.random.get_rng_state()
         with as_written():
             leaves = tree_leaves((args, kwargs))
             fragile = () if self._lasting else leaves
-            watch = Watch(self.inventory.watched, self._noting(record), fragile, self._constants())
+            watch = Watch(self._watched, self._noting(record), fragile, self._constants(modules))
             self._running = True
             try:
-                with quiet(self._model), watch:
+                with quiet(modules) as self._hooked, watch:
                     output = call(*args, **kwargs)
             finally:
                 self._running = False
@@ -155,8 +159,17 @@ class Engine:
                 self._finish(record, watch, call, args, kwargs, output)
         return output
 
-    def _constants(self) -> list[Tensor]:
-        return [*self._model.buffers(), *self._model.parameters()]
+    def _constants(self, modules: Iterable[nn.Module]) -> list[Tensor]:
+        return [b for m in modules for b in m._buffers.values() if b is not None] + list(
+            self.inventory.parameters.values()
+        )
+
+    def _renew(self, modules: Iterable[nn.Module]) -> None:
+        """Read the parameters of the model anew if they are others."""
+        own = [(name, id(p)) for m in modules for name, p in m._parameters.items() if p is not None]
+        if own != self._own:
+            self.inventory.refresh()
+            self._own, self._watched = own, self.inventory.watched
 
     def _wanted(self) -> bool:
         """Whether a pass that begins is one to record."""
@@ -166,11 +179,10 @@ class Engine:
         inside = torch._C._current_graph_task_id() != -1  # where an activation checkpoint computes again what it was
         return not (inside and self._outside)
 
-    def _noting(self, record: Record) -> Callable[[Call, Tensor], None]:
-        """Take the gradients of the user's backward pass as they come by; with labels, see that it comes."""
+    def _noting(self, record: Record) -> Callable[[Call, Tensor], None] | None:
+        """Without labels, take the gradients of the user's backward pass as they come by."""
         if self.labels is not None:
-            alive = Quiet(partial(self._alive, record))
-            return lambda call, y: y.register_hook(alive)
+            return None
 
         def note(call: Call, y: Tensor) -> None:
             by_task = record.collect(call)
@@ -197,6 +209,7 @@ class Engine:
         record.mask = self._exists(args, kwargs)
         reached: set[int] = set()
         leaves = tree_leaves((args, kwargs))
+        nodes = [one.edge.node for one in watch.calls if one.edge is not None]
         if self.labels is None:
             record.rows = rows_of(self._batch_dim, leaves, None, watch)
             for one in watch.calls:
@@ -209,6 +222,7 @@ class Engine:
             record.rows = rows_of(self._batch_dim, leaves, outputs, watch)
             again = partial(self._again, record, call, args, kwargs) if self._runs_once(outputs) else None
             reached = self._send_back(record, watch, selected, self.labels, again)
+            self._await(record, nodes, outputs, tree_leaves(output))
         record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
             record.inputs = args, kwargs
@@ -220,6 +234,19 @@ class Engine:
             return
         self._tap()
         (self._records.append if self._lasting else self._waiting.add)(record)
+
+    def _await(self, record: Record, nodes: Sequence[Any], outputs: Sequence[Tensor], returned: Sequence[Any]) -> None:
+        """See that the user's backward pass comes: at what is returned, or if the outputs are other tensors, made by a
+        pointer, at the operations."""
+        alive = Quiet(partial(self._alive, record))
+        tensors = {id(x): x for x in returned if isinstance(x, Tensor)}
+        if all(id(x) in tensors for x in outputs):
+            for x in tensors.values():
+                if x.grad_fn is not None:  # a parameter would keep the hook for ever
+                    x.register_hook(alive)
+        else:
+            for node in nodes:
+                node.register_prehook(alive)
 
     def _follow_strays(self, record: Record, watch: Watch) -> None:
         """Without labels: see which operations without a rule the user's loss depends on."""
@@ -256,7 +283,7 @@ class Engine:
                 self._waiting.discard(record)
                 self._records.append(record)
 
-        self._taps = [p.register_post_accumulate_grad_hook(fill) for p in self.inventory.watched if p.requires_grad]
+        self._taps = [p.register_post_accumulate_grad_hook(fill) for p in self._watched if p.requires_grad]
 
     def _sort(self, record: Record, watch: Watch, reached: set[int]) -> None:
         """Give every call to its layer; those of biases that are in no layer's block to the bias's own."""
@@ -287,7 +314,8 @@ class Engine:
         with torch.random.fork_rng():
             assert record.random is not None
             torch.random.set_rng_state(record.random)
-            with quiet(self._model), Watch(self.inventory.watched, constants=self._constants()) as watch:
+            modules = _modules(self._model)
+            with quiet(modules), Watch(self._watched, constants=self._constants(modules)) as watch:
                 selected = self.labels.select(call(*args, **kwargs))
         with torch.no_grad():
             for buffer, before in buffers:
@@ -317,7 +345,10 @@ class Engine:
         plain = tuple(x.detach() if x.dtype.itemsize >= 4 else x.detach().float() for x in outputs)
         whole = plain if isinstance(selected, tuple) else rows.turned(plain[0])
         reached: set[int] = set()
-        with torch.autocast(plain[0].device.type, enabled=False), sending():  # of the loss, which a user may write
+        with (
+            torch.autocast(plain[0].device.type, enabled=False),
+            sending(self._hooked),
+        ):  # of the loss, which a user may write
             labels.targets = rows.targets(labels.targets, plain[0])
             record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
             mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
@@ -341,6 +372,17 @@ class Engine:
                 reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, once."""
+    found, stack = {id(model): model}, [model]
+    while stack:
+        for module in stack.pop()._modules.values():
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                stack.append(module)
+    return list(found.values())
 
 
 def _enter(tasks: set[int], gradient: Tensor) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -129,13 +129,14 @@ _sending = False
 
 
 @contextmanager
-def sending() -> Iterator[None]:
+def sending(hooked: bool = True) -> Iterator[None]:
     """While gradients are sent back that are not the user's, the hooks that were made :func:`quiet` do nothing."""
     global _sending
     before, _sending = _sending, True
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")  # of hooks that do nothing now
+        with warnings.catch_warnings() if hooked else nullcontext():
+            if hooked:
+                warnings.filterwarnings("ignore", "Full backward hook is firing")  # of hooks that do nothing now
             yield
     finally:
         _sending = before
@@ -153,14 +154,14 @@ class Quiet:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """The backward hooks of modules whose forward runs here are :class:`Quiet` in that pass."""
-    tables = [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks) if table]
+def quiet(modules: Iterable[nn.Module]) -> Iterator[bool]:
+    """The backward hooks of modules whose forward runs here are :class:`Quiet` in that pass; whether there are any."""
+    tables = [table for m in modules for table in (m._backward_hooks, m._backward_pre_hooks) if table]
     before = [dict(table) for table in tables]
     for table in tables:
         table.update({key: Quiet(hook) for key, hook in table.items()})
     try:
-        yield
+        yield bool(tables)
     finally:
         for table, hooks in zip(tables, before, strict=True):
             for key, hook in hooks.items():

@@ -180,7 +180,7 @@ class Weigher(Watch):
     def again(self) -> Weigher:
         """One that has a pass which is repeated compute what it did."""
         twin = Weigher(Plan(), self.which)
-        twin._parameters, twin._layers, twin._silent = self._parameters, self._layers, True
+        twin._operands, twin._layers, twin._silent = self._operands, self._layers, True
         return twin
 
     def product(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,15 @@ class View:
     @classmethod
     def whole(cls, parameter: Tensor) -> View:
         """All of it."""
-        return cls(tuple(parameter.shape), _dense(parameter.shape))
+        return _whole(tuple(parameter.shape))
+
+    def __hash__(self) -> int:
+        """That of its fields, once."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.size, self.stride, self.offset))
 
     def of(self, tensor: Tensor) -> Tensor:
         """This view of a tensor like the parameter: of its memory if it is contiguous or the view is all of it."""
@@ -93,6 +102,12 @@ def overlap(one: View, other: View) -> bool:
     return bool(marks.as_strided(other.size, other.stride, other.offset).any())
 
 
+@cache
+def _whole(size: tuple[int, ...]) -> View:
+    return View(size, _dense(size))
+
+
+@cache
 def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(size):

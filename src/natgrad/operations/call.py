@@ -36,7 +36,7 @@ class Call:
 
     ``x`` is (positions..., *inner); ``read`` brings the output, or its gradient, into the form (positions...,
     *outer), one gradient for every seed. ``kept`` (positions...) says which positions exist, where not all do.
-    ``version`` is that of the input when it was read. ``spread`` are the positions at which the bias is added.
+    ``version`` is that of the input when it was read. ``shape`` is that of the output, where a bias is added.
     ``first``: the examples are known to be the first dimension of the positions; ``shared``: the input does not depend
     on the examples, which share all positions.
     """
@@ -51,7 +51,7 @@ class Call:
     version: int = 0
     part: str = ""
     kept: Tensor | None = None
-    spread: torch.Size | None = None
+    shape: torch.Size | None = None
     first: bool = False
     shared: bool = False
     gradients: list[Tensor | None] = field(default_factory=list)
@@ -81,10 +81,11 @@ class Call:
 
     def of_bias(self) -> Call:
         """The same operation as a use of its bias, which is added."""
-        assert self.bias is not None and self.spread is not None
+        assert self.bias is not None and self.shape is not None
         dtype = self.x.dtype if self.x.is_floating_point() else torch.get_default_dtype()
-        ones = torch.ones((), dtype=dtype, device=self.x.device).expand(*self.spread, 1)
         read, features = self.read, self.form.features
+        one = torch.ones((), dtype=dtype, device=self.x.device)
+        ones = one.expand(*features(read(one.expand(self.shape))).shape[:-1], 1)  # where it is added
         form = Product(outs=tuple(range(len(self.bias.view.size))), ins=())
         return replace(
             self, weight=self.bias, bias=None, form=form, x=ones, read=lambda y: features(read(y)), version=0

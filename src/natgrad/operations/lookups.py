@@ -84,7 +84,7 @@ def indexed(watch: Watch, func: Any, weight: Tensor, index: Any) -> Tensor:
     return _rows(watch, weight, index, lambda w: func(w, index))
 
 
-@rule(*spelled("index_select"))
+@rule(*spelled("index_select"), always=True)
 def index_select(watch: Watch, func: Any, weight: Tensor, dim: int, index: Tensor) -> Tensor:
     """The same along the first dimension."""
     if dim != 0 or watch.operand(weight) is None:

@@ -109,7 +109,7 @@ def unrolled(watch: Watch, func: Any, x: Tensor, *args: Any) -> States:
     return x.transpose(0, 1) if batch_first else x, *finals
 
 
-@rule(torch._pack_padded_sequence)
+@rule(torch._pack_padded_sequence, always=True)
 def packed_sequence(watch: Watch, func: Any, input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Remembers the order that the examples were brought into by their lengths."""
     data, sizes = func(input, *args)

@@ -7,17 +7,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from natgrad.operations.watch import RULES, Rule
+from natgrad.operations.watch import ALWAYS, RULES, Rule
 
 Known = TypeVar("Known", bound=Rule)
 
 
-def rule(*functions: Any) -> Callable[[Known], Known]:
+def rule(*functions: Any, always: bool = False) -> Callable[[Known], Known]:
     """Let the decorated function be the rule of these functions of torch, or of your own.
 
     A rule is called with the watch, the function, and its arguments. It computes what the function would, and tells the
     watch what it has seen (:meth:`~natgrad.operations.Watch.product`). A function of your own has to dispatch through
-    ``torch.overrides.handle_torch_function``. The last rule given for a function counts. Raises ``TypeError`` for
+    ``torch.overrides.handle_torch_function``. It is called where a parameter is among the arguments, or a view or copy
+    of one, or ``always``. The last rule given for a function counts. Raises ``TypeError`` for
     anything that is not a function.
     """
     for function in functions:
@@ -28,6 +29,7 @@ def rule(*functions: Any) -> Callable[[Known], Known]:
         if not callable(known):
             raise TypeError(f"a rule is a function, got {known!r}")
         RULES.update(dict.fromkeys(functions, known))
+        ALWAYS.update([known] if always else ())
         return known
 
     return enter

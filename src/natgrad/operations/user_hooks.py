@@ -12,7 +12,7 @@ from natgrad.operations.registry import rule
 from natgrad.operations.watch import Watch
 
 
-@rule(torch.Tensor.register_hook)
+@rule(torch.Tensor.register_hook, always=True)
 def register_hook(watch: Watch, func: Any, tensor: Tensor, hook: Any) -> Any:
     """The hook, made quiet."""
     return func(tensor, Quiet(hook))

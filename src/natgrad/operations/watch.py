@@ -27,6 +27,9 @@ Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 """The rules by the functions of torch that they are for."""
 
+ALWAYS: set[Rule | None] = set()
+"""Those that are called also where no parameter is involved."""
+
 
 class Watch(TorchFunctionMode):
     """While active, sees the operations that take one of ``parameters``, or a view, cast or multiple of one.
@@ -60,7 +63,7 @@ class Watch(TorchFunctionMode):
             int, tuple[Tensor, Tensor]
         ] = {}  # of packed sequences, by their sizes: which examples they are
         self.selected: tuple[Tensor, Tensor] | None = None  # the last tensor of which rows were selected, and which
-        self._parameters = {id(x): p for x, p in pairs}
+        self._operands = {id(x): Operand(p, View.whole(p)) for x, p in pairs}
         self._aliases: dict[int, tuple[Tensor, Operand]] = {}
         self._data: dict[int, Tensor] = {}
         self._expanded: dict[int, Tensor] = {}
@@ -74,30 +77,44 @@ class Watch(TorchFunctionMode):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             self.transformed = True
             return func(*args, **kwargs)
-        if torch.is_grad_enabled() and getattr(func, "__name__", "") not in _OF_TENSORS:
-            args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
-        rule, given = RULES.get(func), list(_tensors((*args, *kwargs.values())))
+        given, rule = [*_tensors(args), *_tensors(kwargs.values())], RULES.get(func)
         constant = all(map(self._is_constant, given))
-        if rule is not None and torch.is_grad_enabled() and _fits(rule, kwargs):
+        if not torch.is_grad_enabled() or not (rule in ALWAYS or any(map(self._knows, given))):
+            result = func(*args, **kwargs)
+            if constant:
+                self._follow(func, given, result)
+            return result
+        if getattr(func, "__name__", "") not in _OF_TENSORS:
+            args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
+        if rule is not None and _fits(rule, kwargs):
             self._shared = constant
             result = rule(self, func, *args, **kwargs)
-            self._follow(func, given, constant, result)
-            return result
-        result = func(*args, **kwargs)
-        self._follow(func, given, constant, result)
-        if torch.is_grad_enabled():
+        else:
+            result = func(*args, **kwargs)
             self.other(func, (*args, *kwargs.values()), result)
+        if constant:
+            self._follow(func, given, result)
         return result
+
+    def _knows(self, x: Tensor) -> bool:
+        """Whether a tensor is a parameter, or may be a view or a copy of one."""
+        if self._named(x):
+            return True
+        base = x._base
+        return base is not None and self._named(base)
+
+    def _named(self, x: Tensor) -> bool:
+        return id(x) in self._operands or id(x) in self._aliases or id(x) in self._expanded
 
     def _is_constant(self, x: Tensor) -> bool:
         """Whether a tensor is known not to depend on the examples."""
-        return id(x) in self._constants or id(x) in self._parameters
+        return id(x) in self._constants or id(x) in self._operands
 
-    def _follow(self, func: Any, given: list[Tensor], constant: bool, result: Any) -> None:
+    def _follow(self, func: Any, given: list[Tensor], result: Any) -> None:
         """What is computed from constants is one, and so is what is made of numbers, such as positions; but not what
         repeats one, for every example."""
         name = getattr(func, "__name__", "")
-        if constant and (name not in _REPEATED if given else name in _MADE):
+        if name not in _REPEATED if given else name in _MADE:
             self._constants.update((id(y), y) for y in _tensors((result,)))
 
     # What rules call.
@@ -108,9 +125,9 @@ class Watch(TorchFunctionMode):
             return x
         if not isinstance(x, Tensor) or id(x) in self._data:
             return None
-        parameter = self._parameters.get(id(x))
-        if parameter is not None:
-            return Operand(parameter, View.whole(parameter))
+        known = self._operands.get(id(x))
+        if known is not None:
+            return known
         alias = self._aliases.get(id(x))
         if alias is not None:
             return alias[1]
@@ -159,7 +176,7 @@ class Watch(TorchFunctionMode):
     def again(self) -> Watch:
         """A watch of the same parameters that notes nothing: it has a pass that is repeated compute what it did."""
         watch = Watch(())
-        watch._parameters, watch._silent = self._parameters, True
+        watch._operands, watch._silent = self._operands, True
         return watch
 
     def __enter__(self) -> Watch:
@@ -220,13 +237,13 @@ class Watch(TorchFunctionMode):
         if self._fragile and _memory(x) in self._fragile:
             x, version = x.detach().clone(), 0
         version = x._version if version is None else version
-        spread = form.features(read(y.detach())).shape[:-1] if added else None
+        shape = y.shape if added else None
         edge, known = get_gradient_edge(y), used or added
         assert known is not None
-        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, spread, first, shared)
+        call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, shape, first, shared)
         calls = [call] if used else [call.of_bias()]
         if used and added and used.factor != added.factor:  # the gradients of both have no common scale
-            calls = [replace(call, bias=None, spread=None), replace(call.of_bias(), gradients=[])]
+            calls = [replace(call, bias=None, shape=None), replace(call.of_bias(), gradients=[])]
         for call in calls:
             self.calls.append(call)
             if self._noted is not None:
