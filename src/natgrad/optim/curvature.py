@@ -18,7 +18,7 @@ from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
 
-_COUNTERS = ("observations", "corrections", "failures", "retries", "refreshes")
+_COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class LayerCurvature:
     """``stats`` and ``matrix`` of a layer, and the ``inverse`` that preconditions its gradient.
 
     ``matrix`` is kept where the approximation says so (:attr:`~natgrad.fishers.Approximation.keeps`), else ``None``.
-    ``observations`` counts the batches in the statistics; with 0 the others are placeholders of the right shape.
+    ``observations`` counts the batches in the statistics, and ``examples`` those in them; with 0 the others are
+    placeholders of the right shape.
     ``corrections`` counts those in what is measured along the matrix, since it was made where that begins anew.
     ``failures`` counts refreshes that failed in a row, ``retries`` all factorisations repeated in float64;
     ``refreshes`` those that succeeded. ``damping`` is that of the inverse, and ``applied`` the inverse in the precision
@@ -37,6 +38,7 @@ class LayerCurvature:
     matrix: Matrix | None
     inverse: LinearMap
     observations: int = 0
+    examples: int = 0
     corrections: int = 0
     failures: int = 0
     retries: int = 0
@@ -66,17 +68,27 @@ class LayerCurvature:
         """Whether there is an inverse of something that was seen."""
         return self.refreshes > 0
 
-    def merge(self, approximation: Approximation, new: Stats, decay: float) -> Self:
-        """Statistics with one more observation; the first ones weigh equally until ``decay`` is the larger weight."""
-        stats = approximation.merge(self.stats if self.ready else None, new, _decay(self.observations, decay))
-        return replace(self, stats=stats, observations=self.observations + 1)
+    def merge(self, approximation: Approximation, new: Stats, decay: float, n: int = 1) -> Self:
+        """Statistics with one more observation, of n examples; those of the first ones weigh equally until ``decay`` is
+        the larger weight, that of a batch of the mean size."""
+        examples = self.examples + n
+        share = _lighter(decay, n, examples / (self.observations + 1))
+        weight = min(1 - n / examples, share) if self.ready else 0.0
+        stats = approximation.merge(self.stats if self.ready else None, new, weight)
+        return replace(self, stats=stats, observations=self.observations + 1, examples=examples)
 
-    def correct(self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float) -> Self:
-        """The matrix with its cheap update by the same observation, and its inverse; as it was where that has none."""
+    def correct(
+        self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float, n: int | None = None
+    ) -> Self:
+        """The matrix with its cheap update by the same observation, of n examples, and its inverse; as it was where
+        that has none."""
         assert self.matrix is not None
         sizes = {capture.examples.start: capture.size for capture in seen}  # draws are of the same examples
         seeded = approximation.seed / sum(sizes.values())
-        matrix = approximation.correct(self.matrix, seen, _decay(self.corrections + seeded, decay))
+        weight = _decay(self.corrections + seeded, decay)
+        if n is not None:
+            weight = _lighter(weight, n, self.examples / self.observations)
+        matrix = approximation.correct(self.matrix, seen, weight)
         try:
             inverse = approximation.invert(matrix, damping)
             corrections = self.corrections + 1
@@ -186,6 +198,11 @@ class LayerCurvature:
             applied=None,
             **counters,
         )
+
+
+def _lighter(decay: float, n: int, mean: float) -> float:
+    """``decay`` where n examples come in that are fewer than the ``mean``, and weigh by their number."""
+    return decay if n >= mean else 1 - (1 - decay) * n / mean
 
 
 def _decay(batches: float, decay: float) -> float:

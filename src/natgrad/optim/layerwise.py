@@ -114,7 +114,9 @@ class Layerwise:
             dampings = self._spread(self.damping, {name: curvature for name, curvature, _ in merged}, damping)
         layers = {}
         for refreshes, (name, curvature, seen) in zip(due, merged, strict=True):
-            layers[name] = self._renew(name, curvature, seen, refreshes, dampings.get(name, damping))
+            layers[name] = self._renew(
+                name, curvature, seen, refreshes, dampings.get(name, damping), _examples(records)
+            )
         same = all(layers[name] is state[name] for name in layers)
         return state if same else State(layers, self._couple(layers))
 
@@ -149,6 +151,7 @@ class Layerwise:
         self, state: State, records: Sequence[Record]
     ) -> Iterable[tuple[str, LayerCurvature, Sequence[Capture]]]:
         """Every layer with its statistics merged, and what it saw; lazily, to hold the captures of one at a time."""
+        n = _examples(records)
         together: Mapping[str, Stats] = {}
         captures: dict[str, list[Capture]] = {}
         if self.approximation.together:
@@ -161,7 +164,7 @@ class Layerwise:
             else:
                 seen = self._seen(name, records)
                 new = pool(approximation.observe(capture) for capture in seen)
-            yield name, state[name].merge(approximation, new, self.decay) if new else state[name], seen
+            yield name, state[name].merge(approximation, new, self.decay, n) if new else state[name], seen
 
     def _couples(self, name: str) -> bool:
         """Whether a layer has the approximation itself, and not another one."""
@@ -177,14 +180,14 @@ class Layerwise:
         return [capture for record, own in passes for capture in own or [record.absent(layer, fraction)]]
 
     def _renew(
-        self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float
+        self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float, n: int
     ) -> LayerCurvature:
         dtype, approximation = self.fast(name), self.of(name)
         if curvature.ready and (refreshes or not curvature.refreshed):
             curvature = curvature.refresh(approximation, damping, name)
         if seen and curvature.refreshed and approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
-            curvature = curvature.correct(approximation, quick, self.decay, damping)
+            curvature = curvature.correct(approximation, quick, self.decay, damping, n)
         return curvature.prepared(dtype)
 
     def _spread(self, policy: TraceDamping, layers: Mapping[str, LayerCurvature], damping: float) -> dict[str, float]:
@@ -208,6 +211,11 @@ class Layerwise:
             return self.approximation.couple(parts) if parts else None
         except FactorisationError:
             return None
+
+
+def _examples(records: Sequence[Record]) -> int:
+    """The number of examples of a step."""
+    return max(1, sum(record.examples() for record in records))
 
 
 def blocks(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
