@@ -307,7 +307,7 @@ class Engine:
 
     def _again(
         self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[GradientEdge | None]]:
+    ) -> tuple[Any, list[GradientEdge]]:
         """The outputs and the edges of the same pass in a graph of its own, random numbers and buffers as they were."""
         assert self.labels is not None
         buffers = [(b, b.clone()) for b in self._model.buffers()]
@@ -320,7 +320,7 @@ class Engine:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return selected, [one.edge for one in watch.calls]
+        return selected, [one.edge for one in watch.calls if one.edge is not None]
 
     def _send_back(
         self,
@@ -328,7 +328,7 @@ class Engine:
         watch: Watch,
         selected: Any,
         labels: Labels,
-        again: Callable[[], tuple[Any, list[GradientEdge | None]]] | None = None,
+        again: Callable[[], tuple[Any, list[GradientEdge]]] | None = None,
     ) -> set[int]:
         """Give the calls the gradients of the seeds; returns which strays the outputs depend on.
 
@@ -336,7 +336,7 @@ class Engine:
         """
         outputs, rows = selected if isinstance(selected, tuple) else (selected,), record.rows
         strays = {k: get_gradient_edge(y) for k, (_, _, y) in enumerate(watch.strays) if y is not None}
-        edges = [call.edge for call in watch.calls]
+        edges = [call.edge for call in watch.calls if call.edge is not None]
         for call in watch.calls:
             call.edge = None  # lets go of the graph
         tracked = [k for k, output in enumerate(outputs) if output.requires_grad]
@@ -362,7 +362,7 @@ class Engine:
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]
                 gradients = torch.autograd.grad(
                     [outputs[k] for k in tracked],
-                    [*edges, *strays.values()],  # type: ignore[list-item]
+                    [*edges, *strays.values()],
                     back,
                     retain_graph=True,
                     allow_unused=True,
@@ -420,12 +420,21 @@ def _existing(terms: Tensor | float, mask: Tensor | None, output: Any) -> Tensor
 def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
     """Enter into the inventory what a watch has seen; ``reached`` are the strays that the outputs depend on."""
     facts = [
-        Fact(_place(inventory, call.weight), call.bias and _place(inventory, call.bias), call.form, *call.told)
+        Fact(
+            _place(inventory, call.weight),
+            None if call.bias is None else _place(inventory, call.bias),
+            call.form,
+            *call.told,
+        )
         for call in watch.calls
     ]
     strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
     inventory.transformed |= watch.transformed
     inventory.add(facts, strays)
+
+
+def _bias(inventory: Inventory, call: Call) -> Place | None:
+    return None if call.bias is None else _place(inventory, call.bias)
 
 
 def _place(inventory: Inventory, operand: Operand) -> Place:

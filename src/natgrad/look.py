@@ -42,7 +42,8 @@ def look(
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             warnings.simplefilter("ignore")  # of torch, which looks at gradients
             _LOG.disabled = True
-            _pass(inventory, method, *tree_map(lambda x: _faked(fake, x), (tuple(args), kwargs)), fake)
+            places, names = tree_map(lambda x: _faked(fake, x), (tuple(args), kwargs))
+            _pass(inventory, method, places, names, fake)
     except Exception:  # of a model that reads values
         inventory = Inventory(model, tuple(exclude), wide)
         with torch.random.fork_rng():
@@ -90,7 +91,7 @@ def _reached(watch: Watch, output: Any) -> set[int]:
     if not strays or not heads:
         return set()
     seeds = [torch.ones_like(x) for x in heads]
-    gradients = torch.autograd.grad(heads, list(strays.values()), seeds, allow_unused=True)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(heads, list(strays.values()), seeds, allow_unused=True)
     return {k for k, gradient in zip(strays, gradients, strict=True) if gradient is not None}
 
 

@@ -130,6 +130,7 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
     """
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.ndim > (batch_dim or 0)]
     rows = max(map(len, outputs)) if outputs else None
+    count: int | None
     if batch_dim is not None and tensors:
         count, dim = tensors[0].shape[batch_dim], batch_dim
     else:

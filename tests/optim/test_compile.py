@@ -131,6 +131,13 @@ def test_other_compiled_models_stay_compiled_while_a_step_observes() -> None:
     assert counter.frame_count == 1
 
 
+def _around(model: nn.Module) -> Callable[[Tensor], Any]:
+    def around(x: Tensor) -> Any:
+        return model(x)
+
+    return around
+
+
 @pytest.mark.parametrize("make", [network, Written])
 def test_a_model_compiled_as_one_graph_trains_and_a_graph_around_it_is_refused_by_name(make: Any) -> None:
     model, plain = make(), make()
@@ -140,7 +147,7 @@ def test_a_model_compiled_as_one_graph_trains_and_a_graph_around_it_is_refused_b
     train(plain, optimizer_of(plain), BATCHES[:3])
     for found, expected in zip(values(model), values(plain), strict=True):
         assert_equal(found, expected, 1e-10)
-    around: Any = torch.compile(lambda x: model(x), backend="eager", fullgraph=True)
+    around: Any = torch.compile(_around(model), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="NaturalGradient observes"):
         around(BATCHES[0][0])
 

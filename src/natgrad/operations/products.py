@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,5 +176,9 @@ def grouped(watch: Watch, func: Any, input: Tensor, other: Tensor, offs: Tensor 
         rows, start = slice(start, end), end
         if rows.stop > rows.start:
             operand = replace(known, view=view)
-            watch.saw(form, operand, None, input[rows], y, lambda g, rows=rows: g[rows], "grouped_mm")
+            watch.saw(form, operand, None, input[rows], y, partial(_rows, rows), "grouped_mm")
     return y
+
+
+def _rows(rows: slice, g: Tensor) -> Tensor:
+    return g[rows]
