@@ -1,4 +1,4 @@
-"""Whose backward pass is it, and what is an example: what happened on other people's programs, with the right values."""
+"""Whose backward pass is it, and what is an example: rows of other people's programs, with the right values."""
 
 from __future__ import annotations
 
