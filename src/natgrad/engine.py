@@ -65,7 +65,7 @@ class Engine:
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
         self._taps: list[Any] = []
         self._methods, self._running = tuple(calls), False
-        self._once: bool | None = None
+        self._once: dict[tuple[int, bool], bool] = {}
         self._hooked = False  # whether modules have backward hooks of the user
         self._own: list[tuple[str, int]] = []
         self._watched = self.inventory.watched
@@ -143,7 +143,7 @@ class Engine:
         modules = _modules(self._model)
         self._renew(modules)
         record = Record(which=self._which)
-        if self._once is not False and self.labels is not None:
+        if self.labels is not None:
             record.random = torch.random.get_rng_state()
         with as_written():
             leaves = tree_leaves((args, kwargs))
@@ -153,10 +153,10 @@ class Engine:
             try:
                 with quiet(modules) as self._hooked, watch:
                     output = call(*args, **kwargs)
+                if watch.calls or watch.strays:
+                    self._finish(record, watch, call, args, kwargs, output)
             finally:
                 self._running = False
-            if watch.calls or watch.strays:
-                self._finish(record, watch, call, args, kwargs, output)
         return output
 
     def _constants(self, modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -192,7 +192,7 @@ class Engine:
                 by_task[task] = by_task[task] + gradient.detach() if task in by_task else gradient.detach()
                 record.tasks.add(task)
 
-            y.register_hook(hook)
+            y.register_hook(Quiet(hook))
 
         return note
 
@@ -220,7 +220,9 @@ class Engine:
             selected = self.labels.select(output)
             outputs = selected if isinstance(selected, tuple) else (selected,)
             record.rows = rows_of(self._batch_dim, leaves, outputs, watch)
-            again = partial(self._again, record, call, args, kwargs) if self._runs_once(outputs) else None
+            again = (
+                partial(self._again, record, call, args, kwargs) if self._runs_once(outputs, len(watch.calls)) else None
+            )
             reached = self._send_back(record, watch, selected, self.labels, again)
             self._await(record, nodes, outputs, tree_leaves(output))
         record.targets = None if self.labels is None else self.labels.targets
@@ -253,7 +255,7 @@ class Engine:
         for p, what, y in watch.strays:
             tasks = record.strays.setdefault((self.inventory.name(p), what), set())
             if y is not None:
-                y.register_hook(partial(_enter, tasks))
+                y.register_hook(Quiet(partial(_enter, tasks)))
 
     def _alive(self, record: Record, gradient: Tensor) -> None:
         record.tasks.add(torch._C._current_graph_task_id())
@@ -299,27 +301,28 @@ class Engine:
                 if own is not None:
                     record.add(alone, *own)
 
-    def _runs_once(self, outputs: Sequence[Tensor]) -> bool:
+    def _runs_once(self, outputs: Sequence[Tensor], calls: int) -> bool:
         """Whether the graph has functions of a user, whose backward may not run more than once."""
-        if self._once is None:
-            self._once = any(isinstance(node, BackwardCFunction) for node in _nodes(outputs))
-        return self._once
+        key = calls, self._model.training
+        if key not in self._once:
+            self._once[key] = any(isinstance(node, BackwardCFunction) for node in _nodes(outputs))
+        return self._once[key]
 
     def _again(
         self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, list[GradientEdge]]:
         """The outputs and the edges of the same pass in a graph of its own, random numbers and buffers as they were."""
-        assert self.labels is not None
-        buffers = [(b, b.clone()) for b in self._model.buffers()]
+        assert self.labels is not None and record.random is not None
+        modules = _modules(self._model)
+        buffers = [(b, b._version, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
         with torch.random.fork_rng():
-            assert record.random is not None
             torch.random.set_rng_state(record.random)
-            modules = _modules(self._model)
             with quiet(modules), Watch(self._watched, constants=self._constants(modules)) as watch:
                 selected = self.labels.select(call(*args, **kwargs))
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
         return selected, [one.edge for one in watch.calls if one.edge is not None]
 
     def _send_back(
@@ -349,7 +352,7 @@ class Engine:
             torch.autocast(plain[0].device.type, enabled=False),
             sending(self._hooked),
         ):  # of the loss, which a user may write
-            labels.targets = rows.targets(labels.targets, plain[0])
+            told, labels.targets = labels.targets, rows.targets(labels.targets, plain[0])
             record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
             mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
             for seed in rows.seeds(labels, whole, mixed):
@@ -370,6 +373,9 @@ class Engine:
                 for call, gradient in zip(watch.calls, gradients, strict=False):
                     call.gradients.append(gradient)
                 reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
+            labels.targets = told
+        for x in watch.retained:
+            x.grad = None
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,22 +19,6 @@ _GENERATOR: Callable[..., Any] = checkpoints._checkpoint_without_reentrant_gener
 _open: list[ExitStack] = []  # of all engines, whose passes may overlap in any order
 _before = ExitStack()  # restores what was before the first of them
 _FULLGRAPH = "a pass that NaturalGradient observes runs uncompiled: leave out fullgraph=True"
-
-
-class Hook:
-    """A hook that stays behind: in a copied or unpickled module it does nothing and refers to nothing."""
-
-    def __init__(self, function: Callable[..., Any] | None = None) -> None:
-        self._function = function
-        for followed in (self.__call__, function):
-            _only_within_a_graph(followed)
-
-    def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
-        return None if self._function is None else self._function(*args)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
 
 
 def _only_within_a_graph(function: Callable[..., Any] | None) -> None:
@@ -125,21 +110,31 @@ class _Plain:
 
 # Hooks of a user.
 
-_sending = False
+_senders: dict[int, int] = {}  # how often each thread is sending gradients back that are not the user's
 
 
 @contextmanager
 def sending(hooked: bool = True) -> Iterator[None]:
     """While gradients are sent back that are not the user's, the hooks that were made :func:`quiet` do nothing."""
-    global _sending
-    before, _sending = _sending, True
+    me = threading.get_ident()
+    _senders[me] = _senders.get(me, 0) + 1
     try:
         with warnings.catch_warnings() if hooked else nullcontext():
             if hooked:
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # of hooks that do nothing now
             yield
     finally:
-        _sending = before
+        _senders[me] -= 1
+        if not _senders[me]:
+            del _senders[me]
+
+
+def _foreign() -> bool:
+    """Whether the gradients under way are not the user's: this thread sends them, or it is one of a device's, which
+    Python does not know, and some thread does."""
+    if threading.get_ident() in _senders:
+        return True
+    return bool(_senders) and isinstance(threading.current_thread(), threading._DummyThread)
 
 
 class Quiet:
@@ -150,7 +145,7 @@ class Quiet:
 
     def __call__(self, *args: Any) -> Any:
         """What the hook returns."""
-        return None if _sending else self._hook(*args)
+        return None if _foreign() else self._hook(*args)
 
 
 @contextmanager

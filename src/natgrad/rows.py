@@ -54,8 +54,8 @@ class Rows:
     second: bool = False
 
     def arrangement(self, sizes: torch.Size, first: bool = False, shared: bool = False) -> Arrangement:
-        """Where the examples are among positions of these sizes: the first dimension (or that which they prefer) if it
-        is their number or a multiple of it, else another of their number, if they are not known to be ``first``.
+        """Where the examples are among positions of these sizes: a dimension of their number, the one they prefer before
+        others, else a multiple of it in front. If they are known to be ``first``, no other dimension is looked at.
 
         Positions that fit nowhere count as examples themselves; those that are known to be ``shared`` are one.
         """
@@ -64,14 +64,14 @@ class Rows:
             return Arrangement(sizes, shared=True)
         if n is None or not sizes:
             return Arrangement(sizes)
-        for d in [0] if first else [self.dim, 0]:
+        order = [0] if first else [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
+        for d in order:
             if d < len(sizes) and sizes[d] == n:
                 return Arrangement(sizes, d)
         if n and sizes[0] > n and sizes[0] % n == 0:
             times = sizes[0] // n
             return Arrangement(sizes, 0, times, 1) if self.apart else Arrangement(sizes, 0, 1, times)
-        others = [d for d, size in enumerate(sizes) if size == n and not first]
-        return Arrangement(sizes, others[0] if others else 0)
+        return Arrangement(sizes)
 
     def matches(self, sizes: torch.Size) -> bool:
         """Whether positions of these sizes can be told apart by example."""
@@ -144,6 +144,11 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
     if rows == count or count == 0 or rows % count:
         return Rows(rows, dim)
     return Rows(count, dim, rows // count, apart=dim == 1)
+
+
+def _turned(tensors: Sequence[Tensor], rows: int | None) -> bool:
+    """Whether only the second dimension of the first input has as many entries as the output has rows."""
+    return bool(tensors) and tensors[0].ndim > 1 and tensors[0].shape[1] == rows and rows not in map(len, tensors)
 
 
 def _known(tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, watch: Watch) -> tuple[int, int] | None:

@@ -275,8 +275,13 @@ class Inventory:
         """What was saved, in place of what is known; ``ValueError`` for what is of another model."""
         facts = []
         for weight, bias, kind, values, operation, part in saved.get("facts", ()):
+            if kind not in FORMS:
+                raise ValueError(
+                    f"the checkpoint has the form {kind!r}: import what registers it before load_state_dict"
+                )
             form = FORMS[kind](*map(_frozen, values))
             facts.append(Fact(self._restored(weight), bias and self._restored(bias), form, operation, part))
+        self._built = None
         self.facts, self.strays = {}, {name: dict(known) for name, known in saved.get("strays", {}).items()}
         self.add(facts)
 

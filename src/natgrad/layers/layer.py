@@ -62,7 +62,7 @@ class Layer:
     @property
     def whole(self) -> bool:
         """Whether the block is all of its parameters."""
-        return all(view.entries == p.numel() for view, p in zip(self._views, self.parameters, strict=True))
+        return all(view.entries == p.numel() for view, p in zip(self.views, self.parameters, strict=True))
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -72,7 +72,7 @@ class Layer:
 
     def parts(self, tensors: list[Tensor]) -> list[Tensor]:
         """Those entries of tensors like the parameters that are in the block, as views of what is contiguous."""
-        return [view.of(tensor) for view, tensor in zip(self._views, tensors, strict=False)]
+        return [view.of(tensor) for view, tensor in zip(self.views, tensors, strict=False)]
 
     def pack(self, tensors: list[Tensor]) -> Tensor:
         """Tensors like the parameters as one block."""
@@ -100,7 +100,8 @@ class Layer:
         return Capture(g.new_zeros(*groups, examples, 1, width), g, n, n, diagonal=self.diagonal)
 
     @property
-    def _views(self) -> list[View]:
+    def views(self) -> list[View]:
+        """Where the block lies in the parameters."""
         return [self.view] if self.bias_view is None else [self.view, self.bias_view]
 
 

@@ -54,7 +54,7 @@ class View:
             return None
         offset = self.offset
         for d in sorted(range(base.ndim), key=lambda d: base.stride()[d], reverse=True):
-            if base.stride(d):
+            if base.stride(d) and base.shape[d] > 1:
                 index, rest = divmod(rest, base.stride(d))
                 offset += index * self.stride[d]
         size = tuple(operand.shape)
@@ -74,6 +74,16 @@ class View:
     def entries(self) -> int:
         """The number of different entries."""
         return math.prod(n for n, step in zip(self.size, self.stride, strict=True) if step or n == 1)
+
+    @cached_property
+    def distinct(self) -> bool:
+        """Whether every entry is another one of the parameter."""
+        step = 1
+        for stride, size in sorted((s, n) for n, s in zip(self.size, self.stride, strict=True) if n > 1):
+            if stride < step:
+                return False
+            step = stride * size
+        return True
 
     @property
     def reach(self) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from natgrad.operations.watch import Watch
 
 
 @rule(F.multi_head_attention_forward)
-@torch.compiler.disable  # it cannot follow functions made at run time
 def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """torch's own code, with products that are seen; they are of (l, n, E) or (l n, E).
 

@@ -115,7 +115,7 @@ def negative(watch: Watch, func: Any, input: Tensor) -> Tensor:
 def divide(watch: Watch, func: Any, input: Any, other: Any, **kwargs: Any) -> Tensor:
     """w over a number stands for w."""
     y, operand = func(input, other, **kwargs), watch.operand(input)
-    if operand is not None and isinstance(other, (int, float)) and not kwargs:
+    if operand is not None and isinstance(other, (int, float)) and other and not kwargs:
         watch.alias(y, replace(operand, factor=operand.factor / other))
     else:
         watch.other(func, (input, other), y)
@@ -280,7 +280,7 @@ def _multiplied(watch: Watch, func: Any, input: Any, other: Any, before: Tensor 
         operand = watch.operand(weight)
         if operand is None or weight is y:
             continue
-        if not isinstance(x, Tensor):
+        if isinstance(x, (int, float)):
             watch.alias(y, replace(operand, factor=operand.factor * float(x)))
         elif watch.operand(x) is not None:
             watch.stray(weight, "a product of parameters", y)

@@ -33,10 +33,10 @@ def linear(watch: Watch, func: Any, input: Tensor, weight: Tensor, bias: Tensor 
 
 
 @rule(*spelled("matmul", "mm", "bmm", "mv", "__rmatmul__"))
-def matmul(watch: Watch, func: Any, input: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
+def matmul(watch: Watch, func: Any, input: Tensor, other: Tensor) -> Tensor:
     """x @ W or W @ x: the last two dimensions are multiplied and those before broadcast."""
     input, other = apart(watch, input, other)
-    y = func(input, other, **kwargs)
+    y = func(input, other)
     turned = getattr(func, "__name__", "") == "__rmatmul__"
     _factors(watch, y, *((other, input) if turned else (input, other)))
     return y
@@ -63,7 +63,8 @@ def einsum(watch: Watch, func: Any, equation: Any, *operands: Any) -> Tensor:
     places = [k for k, x in enumerate(tensors) if watch.operand(x) is not None]
     labels = _labels(equation, tensors) if isinstance(equation, str) and len(tensors) == 2 else None
     if len(places) != 1 or labels is None:
-        watch.other(func, tensors, y)
+        for x in tensors:
+            watch.stray(x, f"einsum of {len(tensors)} operands" if len(tensors) > 2 else "einsum", y)
         return y
     weight, x = tensors[places[0]], tensors[1 - places[0]]
     known = watch.operand(weight)

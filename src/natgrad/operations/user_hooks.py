@@ -16,3 +16,10 @@ from natgrad.operations.watch import Watch
 def register_hook(watch: Watch, func: Any, tensor: Tensor, hook: Any) -> Any:
     """The hook, made quiet."""
     return func(tensor, Quiet(hook))
+
+
+@rule(torch.Tensor.retain_grad, always=True)
+def retain_grad(watch: Watch, func: Any, tensor: Tensor) -> None:
+    """Remembers the tensor, whose ``.grad`` what is sent back must not fill."""
+    watch.retained.append(tensor)
+    func(tensor)

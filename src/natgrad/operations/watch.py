@@ -50,11 +50,12 @@ class Watch(TorchFunctionMode):
         constants: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
-        self._constants = {id(x): x for x in constants}
+        self._constants = {id(x): (x, x._version) for x in constants}
         self._shared = False  # whether the operation that a rule reads has no input that depends on the examples
         self._noted = noted
         self._fragile = {memory for x in inputs if (memory := _memory(x)) is not None}
         self.calls: list[Call] = []
+        self.retained: list[Tensor] = []  # of which a user wants the gradient
         self.strays: list[tuple[nn.Parameter, str, Tensor | None]] = []
         self.batches: list[tuple[int, int]] = []  # numbers of examples that operations know of, and their dimension
         pairs = parameters.items() if isinstance(parameters, Mapping) else ((p, p) for p in parameters)
@@ -64,7 +65,7 @@ class Watch(TorchFunctionMode):
         ] = {}  # of packed sequences, by their sizes: which examples they are
         self.selected: tuple[Tensor, Tensor] | None = None  # the last tensor of which rows were selected, and which
         self._operands = {id(x): Operand(p, View.whole(p)) for x, p in pairs}
-        self._aliases: dict[int, tuple[Tensor, Operand]] = {}
+        self._aliases: dict[int, tuple[Tensor, Operand, int]] = {}
         self._data: dict[int, Tensor] = {}
         self._expanded: dict[int, Tensor] = {}
         self._silent = False
@@ -86,7 +87,7 @@ class Watch(TorchFunctionMode):
             return result
         if getattr(func, "__name__", "") not in _OF_TENSORS:
             args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
-        if rule is not None and _fits(rule, kwargs):
+        if rule is not None and _fits(rule, args, kwargs):
             self._shared = constant
             result = rule(self, func, *args, **kwargs)
         else:
@@ -108,14 +109,15 @@ class Watch(TorchFunctionMode):
 
     def _is_constant(self, x: Tensor) -> bool:
         """Whether a tensor is known not to depend on the examples."""
-        return id(x) in self._constants or id(x) in self._operands
+        version = self._constants.get(id(x), (None, -1))[1]
+        return version == x._version or id(x) in self._operands
 
     def _follow(self, func: Any, given: list[Tensor], result: Any) -> None:
         """What is computed from constants is one, and so is what is made of numbers, such as positions; but not what
         repeats one, for every example."""
         name = getattr(func, "__name__", "")
         if name not in _REPEATED if given else name in _MADE:
-            self._constants.update((id(y), y) for y in _tensors((result,)))
+            self._constants.update((id(y), (y, y._version)) for y in _tensors((result,)))
 
     # What rules call.
 
@@ -130,13 +132,21 @@ class Watch(TorchFunctionMode):
             return known
         alias = self._aliases.get(id(x))
         if alias is not None:
-            return alias[1]
+            return self._unchanged(*alias)
         base = x._base
-        found = None if base is None else self.operand(base)
-        if found is None or base is None:
+        found = None if base is None or not self._named(base) else self.operand(base)
+        if found is None or base is None or (found.trained and not x.requires_grad):
             return None
         view = found.view.within(x, base)
         return None if view is None else Operand(found.parameter, view, found.factor)
+
+    def _unchanged(self, x: Tensor, operand: Operand, version: int) -> Operand | None:
+        """What a copy stands for, unless it has been changed in place since."""
+        if x._version == version:
+            return operand
+        del self._aliases[id(x)]
+        self.strays.append((operand.parameter, "a copy that is changed in place", x))
+        return None
 
     def data(self, x: Any, only: bool = False) -> Any:
         """What an operation reads as data: ``x``; a parameter that is repeated there, or ``only`` that of one example,
@@ -230,15 +240,24 @@ class Watch(TorchFunctionMode):
             self.stray(weight, f"{operation} of {odd}", y)
             self.stray(bias, f"{operation} of {odd}", y)
             return
-        read = read or _same
+        if used is not None and not used.view.distinct:
+            self.stray(weight, f"{operation} of a weight that repeats", y)
+            self.stray(bias, f"{operation} of a weight that repeats", y)
+            return
+        if added is not None and not (added.view.distinct and (used is None or _suits(form, used.view, added.view))):
+            self.stray(bias, f"{operation} with a bias that repeats", y)
+            added = None
+            if used is None:
+                return
+        at, read = _at(y, read or _same)
         if x.layout != torch.strided:
             x = x.to_dense()
         shared = self._shared if shared is None else shared
         if self._fragile and _memory(x) in self._fragile:
             x, version = x.detach().clone(), 0
         version = x._version if version is None else version
-        shape = y.shape if added else None
-        edge, known = get_gradient_edge(y), used or added
+        shape = at.shape if added else None
+        edge, known = get_gradient_edge(at), used or added
         assert known is not None
         call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, shape, first, shared)
         calls = [call] if used else [call.of_bias()]
@@ -247,11 +266,11 @@ class Watch(TorchFunctionMode):
         for call in calls:
             self.calls.append(call)
             if self._noted is not None:
-                self._noted(call, y)
+                self._noted(call, at)
 
     def alias(self, x: Tensor, of: Operand) -> None:
         """Let ``x`` stand for an operand, until the pass ends."""
-        self._aliases[id(x)] = x, of
+        self._aliases[id(x)] = x, of, x._version
 
     def stray(self, x: Any, operation: str, output: Any = None) -> None:
         """Note that a parameter is used in a way that no rule reads."""
@@ -279,7 +298,7 @@ class Watch(TorchFunctionMode):
             if not y.requires_grad or self.operand(y) is not None:
                 continue
             x, operand = found[0]
-            if name in _COPIES and y.shape == x.shape:
+            if name in _COPIES and y.shape == x.shape and x is next(_tensors(args)):
                 self.alias(y, operand)
                 continue
             for x, operand in found:
@@ -353,8 +372,8 @@ _COPIES = {
 _REPEATED = {"expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile"}
 """Functions that repeat what they are given."""
 
-_MADE = {"arange", "linspace", "tensor", "as_tensor", "eye", "meshgrid", "range"}
-"""Functions that make positions and the like of numbers."""
+_MADE = {"arange", "linspace", "eye", "range"}
+"""Functions that make positions and the like of a few numbers."""
 
 _OF_TENSORS = {"__get__", "__set__", "register_hook", "retain_grad", "requires_grad_"}
 """What is asked of a tensor itself, which no view of it can answer."""
@@ -368,16 +387,41 @@ def _map(function: Callable[[Any], Any], values: Any) -> Any:
 
 
 @cache
-def _named(rule: Rule) -> frozenset[str] | None:
-    """The names of the arguments of a rule, ``None`` where it takes any."""
-    parameters = inspect.signature(rule).parameters.values()
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
+def _signature(rule: Rule) -> inspect.Signature:
+    return inspect.signature(rule)
 
 
-def _fits(rule: Rule, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a rule knows all arguments that are given by name."""
-    named = _named(rule) if kwargs else None
-    return named is None or kwargs.keys() <= named
+def _fits(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a rule takes these arguments, if some are given by name."""
+    if not kwargs:
+        return True
+    try:
+        _signature(rule).bind(None, None, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _at(y: Tensor, read: Read) -> tuple[Tensor, Read]:
+    """Where the gradient of an output is found whatever happens to it in place: at y, or if it is a view of another
+    tensor, at that."""
+    base = y._base
+    if base is None or base.grad_fn is None or not base.is_contiguous():
+        return y, read
+    size, stride, offset = y.size(), y.stride(), y.storage_offset() - base.storage_offset()
+
+    def within(g: Tensor) -> Tensor:
+        g = g.contiguous()
+        return read(g.as_strided(size, stride, g.storage_offset() + offset))
+
+    return base, within
+
+
+@cache
+def _suits(form: Form, weight: View, bias: View) -> bool:
+    """Whether a bias has an entry for every output."""
+    matrix = form.matrix(torch.empty(weight.size, device="meta"))
+    return math.prod(bias.size) == math.prod(matrix.shape[:-1])
 
 
 def _memory(x: Any) -> int | None:

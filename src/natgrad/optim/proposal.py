@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.layers import Layer
+from natgrad.layers import Layer, View
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.layerwise import State
 from natgrad.optim.step_size import Decision
@@ -76,12 +76,24 @@ def moves_of(
         if D is None:
             continue
         step = torch.add(mu * P, D, alpha=alpha) if group["nesterov"] else P
-        for p, part, change in zip(parameters, layer.parts(list(parameters)), layer.unpack(step), strict=True):
+        for p, view, change in zip(parameters, layer.views, layer.unpack(step), strict=True):
             own = settings.get(id(p), group)
             decay = 1 - own["lr"] * own["weight_decay"] if own["weight_decay"] else 1.0
             share = 1.0 if own is group or not group["lr"] else own["lr"] / group["lr"]
-            moves.changes.append((part, decay, change, -proposal.lr * share))
+            moves.changes.append(_change(p, view, decay, change, -proposal.lr * share))
     return moves
+
+
+def _change(
+    p: nn.Parameter, view: View, decay: float, change: Tensor, factor: float
+) -> tuple[Tensor, float, Tensor, float]:
+    """What :class:`Moves` does to a part of p: in place, or where p is not contiguous, by a change of all of it."""
+    part = view.of(p)
+    if part.untyped_storage().data_ptr() == p.untyped_storage().data_ptr():
+        return part, decay, change, factor
+    total = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+    view.of(total).copy_((decay - 1) * part + factor * change)
+    return p, 1.0, total, 1.0
 
 
 @contextmanager
