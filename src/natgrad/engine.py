@@ -66,6 +66,7 @@ class Engine:
         self._taps: list[Any] = []
         self._methods, self._running = tuple(calls), False
         self._once: dict[tuple[int, bool], bool] = {}
+        self._verified: set[tuple[int, bool]] = set()
         self._hooked = False  # whether modules have backward hooks of the user
         self._own: list[tuple[str, int]] = []
         self._watched = self.inventory.watched
@@ -231,11 +232,51 @@ class Engine:
         if self.labels is None:
             self._follow_strays(record, watch)
         self._sort(record, watch, reached)
+        self._verify(record)
         self._which = Examples(self._which.start + record.examples())
         if not record.calls:
             return
         self._tap()
         (self._records.append if self._lasting else self._waiting.add)(record)
+
+    def _unverified(self, watch: Watch) -> list[nn.Parameter]:
+        """The parameters whose whole gradient is asked for, at the first pass of so many operations; those with hooks
+        of the user are left alone."""
+        key = len(watch.calls), self._model.training
+        if key in self._verified:
+            return []
+        self._verified.add(key)
+        plain = (p for p in self._watched if p.requires_grad and id(p) not in watch.computed)
+        return [p for p in plain if not p._backward_hooks and not p.is_complex()]
+
+    def _verify(self, record: Record) -> None:
+        """Leave parameters to AdamW whose gradient is not what the operations seen give, for the first seed: there is
+        another use."""
+        if not record.whole:
+            return
+        truth = {p: g if g.layout == torch.strided else g.to_dense() for p, g in record.whole.items()}
+        record.whole = {}
+        found = {p: torch.zeros(p.shape, dtype=g.dtype, device=g.device) for p, g in truth.items()}
+        for layer in record.layers.values():
+            try:
+                total = record.total(layer)
+            except ValueError:  # which a step will raise
+                return
+            if total is None or any(p not in found for p in layer.parameters):
+                for p in layer.parameters:
+                    found.pop(p, None)
+                continue
+            parts = layer.parts([found[p] for p in layer.parameters])
+            for part, values in zip(parts, layer.unpack(total), strict=True):
+                part += values.to(part.dtype)
+        covered = {id(p) for layer in record.layers.values() for p in layer.parameters}
+        coarse = any(torch.is_autocast_enabled(p.device.type) or p.dtype.itemsize < 4 for p in found)
+        norms = {p: float(g.norm()) for p, g in truth.items()}
+        noise = 1e-5 * max(norms.values())  # many gradients are zero but for rounding
+        for p, total in found.items():
+            bound = (0.1 if coarse else 0.01) * norms[p] + noise
+            if id(p) in covered and float((total - truth[p]).norm()) > bound:
+                self.inventory.add((), [(self.inventory.name(p), _UNSEEN, True)])
 
     def _await(self, record: Record, nodes: Sequence[Any], outputs: Sequence[Tensor], returned: Sequence[Any]) -> None:
         """See that the user's backward pass comes: at what is returned, or if the outputs are other tensors, made by a
@@ -355,6 +396,7 @@ class Engine:
             told, labels.targets = labels.targets, rows.targets(labels.targets, plain[0])
             record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
             mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
+            held = self._unverified(watch) if again is None else []
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
                 if record.mask is not None and _masks(record.mask, whole):
@@ -365,19 +407,30 @@ class Engine:
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]
                 gradients = torch.autograd.grad(
                     [outputs[k] for k in tracked],
-                    [*edges, *strays.values()],
+                    [*edges, *strays.values(), *held],
                     back,
                     retain_graph=True,
                     allow_unused=True,
                 )
-                for call, gradient in zip(watch.calls, gradients, strict=False):
+                here, after, whole_gradients = _cut(gradients, len(edges), len(strays))
+                for call, gradient in zip(watch.calls, here, strict=True):
                     call.gradients.append(gradient)
-                reached |= {k for k, g in zip(strays, gradients[len(edges) :], strict=True) if g is not None}
+                reached |= {k for k, g in zip(strays, after, strict=True) if g is not None}
+                record.whole |= {p: g for p, g in zip(held, whole_gradients, strict=True) if g is not None}
+                held = []
             labels.targets = told
         for x in watch.retained:
             x.grad = None
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
+
+
+_UNSEEN = "code that is not seen (a Function of one's own, a script, a transform)"
+
+
+def _cut(gradients: Sequence[Any], first: int, second: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """The first so many, the next so many, and the rest."""
+    return gradients[:first], gradients[first : first + second], gradients[first + second :]
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.capture import Capture, Examples
 from natgrad.layers import Layer
@@ -75,6 +75,7 @@ class Record:
     mask: Tensor | None = None
     random: Tensor | None = None
     tasks: set[int] = field(default_factory=set)
+    whole: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     strays: dict[tuple[str, str], set[int]] = field(default_factory=dict)
     _by_task: list[tuple[Call, dict[int, Tensor]]] = field(default_factory=list)
 
@@ -111,6 +112,20 @@ class Record:
                 all_parts = zip(roles, inputs, kept, strict=True)
                 parts = [self._capture(layer, *part, seed, n, sharing, number == 0) for part in all_parts]
                 yield parts[0] if len(parts) == 1 else Together(parts)
+
+    def total(self, layer: Layer) -> Tensor | None:
+        """The gradient of the first seed in the block, summed over all examples, as the uses give it; ``None`` where
+        parts of it are not matched."""
+        groups = [uses[:1] for uses in self._reached(layer)]
+        seen, total = list(self.captures(layer)), None
+        start = 0
+        for (use,) in groups:
+            capture, start = seen[start], start + len(use.call.gradients)
+            if isinstance(capture, Together):
+                return None
+            own = capture.combine(torch.ones((), device=capture.g.device).expand(*capture.g.shape[:-2]))
+            total = own if total is None else total + own
+        return None if total is None else total / self.scale
 
     def absent(self, layer: Layer, fraction: float = 1.0) -> Capture:
         """What a layer saw that this pass did not reach: gradients of zero, of as many loss terms as there are."""

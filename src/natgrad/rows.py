@@ -54,8 +54,8 @@ class Rows:
     second: bool = False
 
     def arrangement(self, sizes: torch.Size, first: bool = False, shared: bool = False) -> Arrangement:
-        """Where the examples are among positions of these sizes: a dimension of their number, the one they prefer before
-        others, else a multiple of it in front. If they are known to be ``first``, no other dimension is looked at.
+        """Where the examples are among positions of these sizes: a dimension of their number, the one they prefer
+        before others, else a multiple of it in front. If they are known to be ``first``, no other is looked at.
 
         Positions that fit nowhere count as examples themselves; those that are known to be ``shared`` are one.
         """
@@ -133,6 +133,8 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
     count: int | None
     if batch_dim is not None and tensors:
         count, dim = tensors[0].shape[batch_dim], batch_dim
+    elif _turned(tensors, rows):
+        count, dim = rows, 1
     else:
         count, dim = _known(tensors, outputs, watch) or (_by_sizes([x.size(0) for x in tensors], rows, watch), 0)
     if rows is None or count is None or not outputs:

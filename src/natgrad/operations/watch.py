@@ -55,6 +55,7 @@ class Watch(TorchFunctionMode):
         self._noted = noted
         self._fragile = {memory for x in inputs if (memory := _memory(x)) is not None}
         self.calls: list[Call] = []
+        self.computed: set[int] = set()  # parameters that computed tensors stand for
         self.retained: list[Tensor] = []  # of which a user wants the gradient
         self.strays: list[tuple[nn.Parameter, str, Tensor | None]] = []
         self.batches: list[tuple[int, int]] = []  # numbers of examples that operations know of, and their dimension
@@ -358,6 +359,7 @@ def stand_for(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     for watch in _ACTIVE:
         if watch.operand(parameter) is not None:
             watch.alias(tensor, Operand(parameter, View.whole(parameter)))
+            watch.computed.add(id(parameter))
     return tensor
 
 
