@@ -33,6 +33,20 @@ Mask = str | Callable[..., Tensor | None] | None
 """Which positions (n, t) of the examples exist: the name of an argument of the model, or a function of all of them."""
 
 
+def checked_mask(model: nn.Module, mask: Mask) -> Mask:
+    """The mask itself; ``TypeError`` for none of its kinds, ``ValueError`` for a name that is no argument."""
+    if mask is None or callable(mask):
+        return mask
+    if not isinstance(mask, str):
+        raise TypeError(
+            f"mask must be the name of an argument of the model, or a function of all of them, got {mask!r}"
+        )
+    parameters = inspect.signature(model.forward).parameters
+    if mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(f"mask={mask!r} is no argument of the model, whose forward takes {', '.join(parameters)}")
+    return mask
+
+
 class Engine:
     """Records passes of ``model`` while ``armed``, in training mode if ``only_training``.
 
@@ -59,7 +73,7 @@ class Engine:
         self.labels = labels
         self.inventory = Inventory(model, tuple(exclude), wide)
         self._model, self._only_training, self._batch_dim, self._lasting = model, only_training, batch_dim, lasting
-        self._which, self._mask = Examples(), mask
+        self._which, self._mask = Examples(), checked_mask(model, mask)
         self._records: list[Record] = []  # reached by a backward pass, or needing none
         self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
@@ -308,11 +322,16 @@ class Engine:
         elif self._mask is None:
             return None
         else:
-            names = inspect.signature(self._model.forward).bind(*args, **kwargs).arguments
-            found = names.get(self._mask, names.get("kwargs", {}).get(self._mask))
+            found = kwargs[self._mask] if self._mask in kwargs else self._argument(self._mask, args)
         if found is not None and (not isinstance(found, Tensor) or found.ndim != 2):
-            raise ValueError(f"mask must lead to a tensor (n, t), got {type(found).__name__}")
+            got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"mask must lead to a tensor (n, t) that is not 0 where a position exists, got {got}")
         return None if found is None else found != 0
+
+    def _argument(self, name: str, args: tuple[Any, ...]) -> Any:
+        """An argument of the model's forward by its name, ``None`` where it is not given."""
+        names = list(inspect.signature(self._model.forward).parameters)
+        return args[names.index(name)] if name in names and names.index(name) < len(args) else None
 
     def _tap(self) -> None:
         """Note which backward passes fill gradients."""
@@ -396,7 +415,7 @@ class Engine:
             told, labels.targets = labels.targets, rows.targets(labels.targets, plain[0])
             record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
             mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
-            held = self._unverified(watch) if again is None else []
+            held = self._unverified(watch)
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
                 if record.mask is not None and _masks(record.mask, whole):
@@ -407,7 +426,7 @@ class Engine:
                 back = [seeds[k].to(outputs[k].dtype) for k in tracked]
                 gradients = torch.autograd.grad(
                     [outputs[k] for k in tracked],
-                    [*edges, *strays.values(), *held],
+                    [*edges, *strays.values(), *held],  # type: ignore[arg-type]
                     back,
                     retain_graph=True,
                     allow_unused=True,

@@ -173,10 +173,12 @@ class Inventory:
         own = {fact.weight.parameter for fact in self.facts}
         places = [{fact.bias for fact in block.facts} for block in blocks]
         holders = Counter(place for each in places for place in each)
+        every = [place for place in holders if place is not None]
         return {
             bias
             for each in places
             if len(each) == 1 and (bias := next(iter(each))) is not None and holders[bias] == 1
+            if not any(_overlap(bias, other) for other in every if other != bias)
             if bias.parameter not in own and bias.parameter not in self._conflicts and self._trains(bias)
         }
 
@@ -323,6 +325,10 @@ def _same(old: Layer, new: Layer) -> bool:
         and old.weight is new.weight
         and old.bias is new.bias
     )
+
+
+def _overlap(one: Place, other: Place) -> bool:
+    return one.parameter == other.parameter and overlap(one.view, other.view)
 
 
 def _base(name: str) -> str:

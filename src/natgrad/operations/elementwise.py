@@ -51,7 +51,7 @@ def add(watch: Watch, func: Any, input: Any, other: Any, *, alpha: float = 1, **
             watch.alias(y, replace(operand, factor=operand.factor * sign))
         elif operands[0] is not None and operands[1] is not None:
             watch.stray(x, "a sum of parameters", y)
-        elif not watch.added(x, y, "add", sign, rest.requires_grad):
+        elif not watch.added(x, y, "add", sign, not watch.constant(rest)):
             watch.stray(x, name, y)
     return y
 
@@ -259,7 +259,7 @@ def scaled(watch: Watch, weight: Any, x: Tensor, y: Tensor, operation: str, vers
     sizes, strides = (1,) * lead + operand.view.size, (0,) * lead + operand.view.stride
     own = [d for d in range(y.ndim) if sizes[d] > 1 and strides[d]]
     rest = [d for d in range(y.ndim) if d not in own]
-    if not rest or (sizes == tuple(y.shape) and not lead and not x.requires_grad):
+    if not rest or (sizes == tuple(y.shape) and not lead and watch.constant(x)):
         return False  # perhaps a constant
     view = View(tuple(sizes[d] for d in own), tuple(strides[d] for d in own), operand.view.offset)
     if not own:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,7 +97,9 @@ def contract(
     Labels of all three are groups, of weight and y outputs, of weight and x inputs, of x and y positions.
     """
     of_w, of_x, of_y = labels
-    plain = all(len(set(part)) == len(part) for part in labels) and set(of_w) <= set(of_x) | set(of_y)
+    weight, of_w, x, of_x = _broadcast(weight, of_w, x, of_x, y, of_y)
+    plain = all(len(set(part)) == len(part) for part in (of_w, of_x, of_y)) and set(of_w) <= set(of_x) | set(of_y)
+    plain = plain and _agree((of_w, weight.view.size), (of_x, x.shape), (of_y, y.shape))
     spots = [label for label in of_x if label in of_y and label not in of_w]
     if not plain or not spots or watch.operand(x) is not None:
         watch.stray(weight, operation, y)
@@ -118,6 +121,33 @@ def contract(
 
     version = x._version
     watch.saw(form, weight, bias, flat(inputs, of_x, ins), y, lambda g: flat(g, of_y, outs), operation, version=version)
+
+
+def _broadcast(
+    weight: Operand, of_w: str, x: Tensor, of_x: str, y: Tensor, of_y: str
+) -> tuple[Operand, str, Tensor, str]:
+    """Both factors without the dimensions along which they repeat: of size 1 where others have more, or of stride 0."""
+    sizes = dict(zip(of_x, x.shape, strict=True)) | dict(zip(of_y, y.shape, strict=True))
+    view = weight.view
+    kept = [
+        d for d in range(len(of_w)) if not (sizes.get(of_w[d], 1) > 1 and (view.size[d] == 1 or not view.stride[d]))
+    ]
+    if len(kept) < len(of_w):
+        view = View(tuple(view.size[d] for d in kept), tuple(view.stride[d] for d in kept), view.offset)
+        weight, of_w = replace(weight, view=view), "".join(of_w[d] for d in kept)
+    others = dict(zip(of_w, view.size, strict=True)) | dict(zip(of_y, y.shape, strict=True))
+    for d in reversed(range(len(of_x))):
+        if x.shape[d] == 1 and others.get(of_x[d], 1) > 1:
+            x, of_x = x.squeeze(d), of_x[:d] + of_x[d + 1 :]
+    return weight, of_w, x, of_x
+
+
+def _agree(*parts: tuple[str, Sequence[int]]) -> bool:
+    """Whether every label has one size."""
+    known: dict[str, int] = {}
+    return all(
+        known.setdefault(label, n) == n for labels, sizes in parts for label, n in zip(labels, sizes, strict=True)
+    )
 
 
 def _factors(watch: Watch, y: Tensor, left: Tensor, right: Tensor, bias: Any = None, factor: float = 1.0) -> None:

@@ -136,7 +136,7 @@ class Watch(TorchFunctionMode):
             return self._unchanged(*alias)
         base = x._base
         found = None if base is None or not self._named(base) else self.operand(base)
-        if found is None or base is None or (found.trained and not x.requires_grad):
+        if found is None or base is None or (found.trained and x.grad_fn is None):
             return None
         view = found.view.within(x, base)
         return None if view is None else Operand(found.parameter, view, found.factor)
@@ -148,6 +148,10 @@ class Watch(TorchFunctionMode):
         del self._aliases[id(x)]
         self.strays.append((operand.parameter, "a copy that is changed in place", x))
         return None
+
+    def constant(self, x: Any) -> bool:
+        """Whether ``x`` is known not to depend on the examples."""
+        return not isinstance(x, Tensor) or self._is_constant(x)
 
     def data(self, x: Any, only: bool = False) -> Any:
         """What an operation reads as data: ``x``; a parameter that is repeated there, or ``only`` that of one example,

@@ -56,7 +56,7 @@ class Watch:
             text.append(
                 f"parameters with gradients from a pass that was not observed: {', '.join(unseen)}; AdamW steps them; "
                 "observed is what the very module that the optimizer was given calls in training mode, as far as its "
-                "output depends on it"
+                "output depends on it; name other methods in calls=, or set observe_in_eval=True"
             )
         if left:
             text.append(f"parameters unfrozen since: {', '.join(left)}; hand them to add_param_group to train them")

@@ -79,5 +79,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     number("observe_fraction", settings["observe_fraction"], 0, 1.0000001, open_low=True)
     for name in ("observe_every", "refresh_every", "draws"):
         whole(name, settings[name], 1)
+    if settings["batch_dim"] is not None:
+        whole("batch_dim", settings["batch_dim"], 0)
+    if isinstance(settings["calls"], str):
+        raise TypeError(f"calls must be names of methods, such as ({settings['calls']!r},), got one string")
     whole("seed", settings["seed"], 0)
     check_wide(settings["wide"])
