@@ -59,7 +59,7 @@ class NaturalGradient(torch.optim.Optimizer):
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
         lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
-        step_size: the policy for alpha and mu; default ``Automatic()``, for ``FNGD`` ``Constant()``.
+        step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
         nesterov: look ahead by one step of the momentum.
