@@ -132,7 +132,7 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
     rows = max(map(len, outputs)) if outputs else None
     count: int | None
     if batch_dim is not None and tensors:
-        count, dim = tensors[0].shape[batch_dim], batch_dim
+        count, dim = tensors[0].size(batch_dim), batch_dim
     elif _turned(tensors, rows):
         count, dim = rows, 1
     else:
@@ -150,7 +150,8 @@ def rows_of(batch_dim: int | None, inputs: Iterable[Any], outputs: Sequence[Tens
 
 def _turned(tensors: Sequence[Tensor], rows: int | None) -> bool:
     """Whether only the second dimension of the first input has as many entries as the output has rows."""
-    return bool(tensors) and tensors[0].ndim > 1 and tensors[0].shape[1] == rows and rows not in map(len, tensors)
+    several = bool(tensors) and tensors[0].ndim > 1 and not tensors[0].is_nested
+    return several and tensors[0].size(1) == rows and rows not in (x.size(0) for x in tensors)
 
 
 def _known(tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, watch: Watch) -> tuple[int, int] | None:
