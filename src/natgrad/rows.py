@@ -55,7 +55,8 @@ class Rows:
 
     def arrangement(self, sizes: torch.Size, first: bool = False, shared: bool = False) -> Arrangement:
         """Where the examples are among positions of these sizes: a dimension of their number, the one they prefer
-        before others, else a multiple of it in front. If they are known to be ``first``, no other is looked at.
+        before others, else a multiple of it in front; that, too, where several others have their number, such as the
+        sides of square windows. If they are known to be ``first``, no other is looked at.
 
         Positions that fit nowhere count as examples themselves; those that are known to be ``shared`` are one.
         """
@@ -65,10 +66,11 @@ class Rows:
         if n is None or not sizes:
             return Arrangement(sizes)
         order = [0] if first else [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
-        for d in order:
-            if d < len(sizes) and sizes[d] == n:
-                return Arrangement(sizes, d)
-        if n and sizes[0] > n and sizes[0] % n == 0:
+        exact = [d for d in order if d < len(sizes) and sizes[d] == n]
+        several = sizes[0] > n > 0 and sizes[0] % n == 0
+        if exact and (exact[0] == self.dim or len(exact) == 1 or not several):
+            return Arrangement(sizes, exact[0])
+        if several:
             times = sizes[0] // n
             return Arrangement(sizes, 0, times, 1) if self.apart else Arrangement(sizes, 0, 1, times)
         return Arrangement(sizes)

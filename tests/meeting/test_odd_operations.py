@@ -172,6 +172,21 @@ def test_sequences_that_are_turned_have_their_examples_second(t: int) -> None:
     assert_equal(found, torch.einsum("nki,nkj->ij", J, J) / N)
 
 
+def test_square_windows_as_long_as_the_batch_have_their_examples_in_front() -> None:
+    """They are cut out of images (n, h, w, c) as (n windows, side, side, c)."""
+
+    def function(s: Any, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (2, N)).unflatten(3, (2, N)).transpose(2, 3).flatten(0, 2)
+        return F.linear(F.linear(windows, s.w0).tanh().unflatten(0, (len(x), -1)).mean((1, 2, 3)), s.w1)
+
+    model, x = Net(function, (4, 3), (2, 4)), torch.randn(N, 2 * N, 2 * N, 3)
+    found = natgrad.fisher(model, ExactFisher(), Gaussian(), [(x, None)])["w0"].dense()
+    J = torch.autograd.functional.jacobian(
+        lambda w: torch.func.functional_call(model, {"w0": w}, (x,)), model.w0.detach()
+    )
+    assert_equal(found, torch.einsum("nki,nkj->ij", J.reshape(N, 2, -1), J.reshape(N, 2, -1)) / N)
+
+
 def test_one_position_at_a_time_with_the_examples_second() -> None:
     model = Net(lambda s, x: F.linear(x, s.w0).tanh()[0], (4, 3))
     model.forward = lambda x: F.linear(x, model.w0).tanh()[0]  # type: ignore[method-assign]
