@@ -8,7 +8,6 @@ if it fills the ``.grad`` of the weight.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,26 +24,11 @@ from natgrad.capture import Examples
 from natgrad.hooks import Quiet, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
 from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
+from natgrad.masks import Mask, checked_mask, existing, masked, masks, weighted
 from natgrad.operations import Call, Operand, Watch
 from natgrad.record import Record
 from natgrad.rows import rows_of
-
-Mask = str | Callable[..., Tensor | None] | None
-"""Which positions (n, t) of the examples exist: the name of an argument of the model, or a function of all of them."""
-
-
-def checked_mask(model: nn.Module, mask: Mask) -> Mask:
-    """The mask itself; ``TypeError`` for none of its kinds, ``ValueError`` for a name that is no argument."""
-    if mask is None or callable(mask):
-        return mask
-    if not isinstance(mask, str):
-        raise TypeError(
-            f"mask must be the name of an argument of the model, or a function of all of them, got {mask!r}"
-        )
-    parameters = inspect.signature(model.forward).parameters
-    if mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"mask={mask!r} is no argument of the model, whose forward takes {', '.join(parameters)}")
-    return mask
+from natgrad.verification import Verification
 
 
 class Engine:
@@ -80,7 +64,7 @@ class Engine:
         self._taps: list[Any] = []
         self._methods, self._running = tuple(calls), False
         self._once: dict[tuple[int, bool], bool] = {}
-        self._verified: set[tuple[int, bool]] = set()
+        self._verification = Verification(self.inventory)
         self._hooked = False  # whether modules have backward hooks of the user
         self._own: list[tuple[str, int]] = []
         self._watched = self.inventory.watched
@@ -221,7 +205,7 @@ class Engine:
         output: Any,
     ) -> None:
         """Make a record of what was seen in a pass."""
-        record.mask = self._exists(args, kwargs)
+        record.mask = existing(self._model, self._mask, args, kwargs)
         reached: set[int] = set()
         leaves = tree_leaves((args, kwargs))
         nodes = [one.edge.node for one in watch.calls if one.edge is not None]
@@ -246,51 +230,12 @@ class Engine:
         if self.labels is None:
             self._follow_strays(record, watch)
         self._sort(record, watch, reached)
-        self._verify(record)
+        self._verification.check(record)
         self._which = Examples(self._which.start + record.examples())
         if not record.calls:
             return
         self._tap()
         (self._records.append if self._lasting else self._waiting.add)(record)
-
-    def _unverified(self, watch: Watch) -> list[nn.Parameter]:
-        """The parameters whose whole gradient is asked for, at the first pass of so many operations; those with hooks
-        of the user are left alone."""
-        key = len(watch.calls), self._model.training
-        if key in self._verified:
-            return []
-        self._verified.add(key)
-        plain = (p for p in self._watched if p.requires_grad and id(p) not in watch.computed)
-        return [p for p in plain if not p._backward_hooks and not p.is_complex()]
-
-    def _verify(self, record: Record) -> None:
-        """Leave parameters to AdamW whose gradient is not what the operations seen give, for the first seed: there is
-        another use."""
-        if not record.whole:
-            return
-        truth = {p: g if g.layout == torch.strided else g.to_dense() for p, g in record.whole.items()}
-        record.whole = {}
-        found = {p: torch.zeros(p.shape, dtype=g.dtype, device=g.device) for p, g in truth.items()}
-        for layer in record.layers.values():
-            try:
-                total = record.total(layer)
-            except ValueError:  # which a step will raise
-                return
-            if total is None or any(p not in found for p in layer.parameters):
-                for p in layer.parameters:
-                    found.pop(p, None)
-                continue
-            parts = layer.parts([found[p] for p in layer.parameters])
-            for part, values in zip(parts, layer.unpack(total), strict=True):
-                part += values.to(part.dtype)
-        covered = {id(p) for layer in record.layers.values() for p in layer.parameters}
-        coarse = any(torch.is_autocast_enabled(p.device.type) or p.dtype.itemsize < 4 for p in found)
-        norms = {p: float(g.norm()) for p, g in truth.items()}
-        noise = 1e-5 * max(norms.values())  # many gradients are zero but for rounding
-        for p, total in found.items():
-            bound = (0.1 if coarse else 0.01) * norms[p] + noise
-            if id(p) in covered and float((total - truth[p]).norm()) > bound:
-                self.inventory.add((), [(self.inventory.name(p), _UNSEEN, True)])
 
     def _await(self, record: Record, nodes: Sequence[Any], outputs: Sequence[Tensor], returned: Sequence[Any]) -> None:
         """See that the user's backward pass comes: at what is returned, or if the outputs are other tensors, made by a
@@ -314,24 +259,6 @@ class Engine:
 
     def _alive(self, record: Record, gradient: Tensor) -> None:
         record.tasks.add(torch._C._current_graph_task_id())
-
-    def _exists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The mask of a pass, as booleans (n, t)."""
-        if callable(self._mask):
-            found = self._mask(*args, **kwargs)
-        elif self._mask is None:
-            return None
-        else:
-            found = kwargs[self._mask] if self._mask in kwargs else self._argument(self._mask, args)
-        if found is not None and (not isinstance(found, Tensor) or found.ndim != 2):
-            got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"mask must lead to a tensor (n, t) that is not 0 where a position exists, got {got}")
-        return None if found is None else found != 0
-
-    def _argument(self, name: str, args: tuple[Any, ...]) -> Any:
-        """An argument of the model's forward by its name, ``None`` where it is not given."""
-        names = list(inspect.signature(self._model.forward).parameters)
-        return args[names.index(name)] if name in names and names.index(name) < len(args) else None
 
     def _tap(self) -> None:
         """Note which backward passes fill gradients."""
@@ -413,13 +340,13 @@ class Engine:
             sending(self._hooked),
         ):  # of the loss, which a user may write
             told, labels.targets = labels.targets, rows.targets(labels.targets, plain[0])
-            record.terms = _existing(rows.by_example(labels.terms(whole)), record.mask, whole)
+            record.terms = weighted(rows.by_example(labels.terms(whole)), record.mask, whole)
             mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
-            held = self._unverified(watch)
+            held = self._verification.asked(watch, self._watched, self._model.training)
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
-                if record.mask is not None and _masks(record.mask, whole):
-                    seeds = (rows.turned(_masked(rows.turned(seeds[0]), record.mask)),)
+                if record.mask is not None and masks(record.mask, whole):
+                    seeds = (rows.turned(masked(rows.turned(seeds[0]), record.mask)),)
                 if again is not None:
                     fresh, edges = again()
                     outputs, strays = fresh if isinstance(fresh, tuple) else (fresh,), {}
@@ -442,9 +369,6 @@ class Engine:
             x.grad = None
         record.scale = len(watch.calls[0].gradients) ** -0.5 if watch.calls else 1.0
         return reached
-
-
-_UNSEEN = "code that is not seen (a Function of one's own, a script, a transform)"
 
 
 def _cut(gradients: Sequence[Any], first: int, second: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
@@ -478,23 +402,6 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
             stack += [following for following, _ in node.next_functions]
 
 
-def _masks(mask: Tensor, output: Any) -> bool:
-    """Whether the positions of a mask are those of an output (n, t, ...)."""
-    return isinstance(output, Tensor) and output.ndim > 2 and output.shape[:2] == mask.shape
-
-
-def _masked(seed: Tensor, mask: Tensor) -> Tensor:
-    return seed * mask.view(*mask.shape, *(1,) * (seed.ndim - 2)).to(seed.dtype)
-
-
-def _existing(terms: Tensor | float, mask: Tensor | None, output: Any) -> Tensor | float:
-    """The weights of loss terms, 0 at positions that do not exist."""
-    if mask is None or not _masks(mask, output):
-        return terms
-    weights = mask.to(output.dtype)
-    return weights * (terms if isinstance(terms, Tensor) else terms / mask.shape[1])
-
-
 def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
     """Enter into the inventory what a watch has seen; ``reached`` are the strays that the outputs depend on."""
     facts = [
@@ -509,10 +416,6 @@ def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
     strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
     inventory.transformed |= watch.transformed
     inventory.add(facts, strays)
-
-
-def _bias(inventory: Inventory, call: Call) -> Place | None:
-    return None if call.bias is None else _place(inventory, call.bias)
 
 
 def _place(inventory: Inventory, operand: Operand) -> Place:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from natgrad.capture import Capture
-from natgrad.engine import Engine, Mask
+from natgrad.engine import Engine
 from natgrad.fishers import Approximation, Coupled, Stats, check_layers, for_layer, pool
 from natgrad.labels import Estimator, Labels, check_estimator
 from natgrad.layers import WIDE, Layer, check_wide, expected
 from natgrad.likelihoods import Objective
+from natgrad.masks import Mask
 from natgrad.matrix import Blocks, Grouped, Matrix
 from natgrad.record import Record, Sharing
 

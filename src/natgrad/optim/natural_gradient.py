@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.engine import Engine, Mask
+from natgrad.engine import Engine
 from natgrad.fishers import KFAC, Approximation, check_layers
 from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
+from natgrad.masks import Mask
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.checkpoints import check_checkpoint, check_parameters, check_processes
