@@ -25,15 +25,19 @@ BELOW: dict[str, set[str]] = {
     "fishers": {"matrix", "capture"},
     "calls": set(),
     "rows": {"labels", "operations"},
+    "masks": set(),
     "record": {"capture", "layers", "operations", "rows", "sparse"},
-    "engine": {"calls", "capture", "hooks", "labels", "layers", "operations", "record", "rows"},
+    "verification": {"layers", "operations", "record"},
+    "engine": {
+        "calls", "capture", "hooks", "labels", "layers", "masks", "operations", "record", "rows", "verification",
+    },
     "look": {"engine", "hooks", "layers", "operations"},
-    "fisher": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
+    "fisher": {"engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "reconstruction": {
         "engine", "rows", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix",
         "operations",
     },
-    "optim": {"engine", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix"},
+    "optim": {"engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix"},
     "fngd": {
         "calls", "engine", "record", "rows", "capture", "fishers", "hooks", "layers", "matrix", "operations", "optim",
     },
