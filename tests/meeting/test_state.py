@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from natgrad import EKFAC, KFAC, Categorical, JointWoodbury, KLLimit, NaturalGradient
+from natgrad import EKFAC, FNGD, KFAC, Categorical, JointWoodbury, KLLimit, NaturalGradient
 from oracles import assert_equal
 
 # More than one process.
@@ -36,6 +36,15 @@ def test_a_run_of_several_processes_is_refused(settings: Any, monkeypatch: pytes
     assert not model._forward_hooks and "_compiled_call_impl" not in vars(model)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 1)
     train(model, NaturalGradient(model, likelihood=Categorical(), **settings), range(2))
+
+
+def test_fngd_is_refused_in_a_run_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    with pytest.raises(RuntimeError, match="one process, and here are 2"):
+        FNGD(model, 3)
+    assert "_compiled_call_impl" not in vars(model)
 
 
 def _construct(rank: int, folder: str) -> None:
@@ -337,16 +346,23 @@ class Interrupting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("approximation", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
-def test_a_step_in_which_ctrl_c_is_pressed_is_whole(approximation: Any) -> None:
+MADE: dict[str, Any] = {
+    "KFAC": optimizer_of,
+    "EKFAC": lambda model: optimizer_of(model, EKFAC()),
+    "FNGD": lambda model: FNGD(model, first_phase=20),
+}
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+def test_a_step_in_which_ctrl_c_is_pressed_is_whole(made: Any) -> None:
     model = mlp()
-    optimizer = optimizer_of(model, approximation)
+    optimizer = made(model)
     train(model, optimizer, range(2))
     for k in range(1, 2000):
         backward(model, optimizer, batch(k))
         clone = mlp()
         clone.load_state_dict(model.state_dict())
-        plain = optimizer_of(clone, approximation)
+        plain = made(clone)
         plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         backward(clone, plain, batch(k))
         before = values(model), copy.deepcopy(optimizer.state_dict())
@@ -507,9 +523,12 @@ REPLACEMENTS = [new_head, assigned, through_meta, new_parameter, lost_bias, weig
 
 @pytest.mark.parametrize("when", ["before the first pass", "between two steps", "between pass and step"])
 @pytest.mark.parametrize("replace", REPLACEMENTS)
-def test_parameters_that_were_replaced_are_one_clear_error_and_nothing_moves(replace: Any, when: str) -> None:
+@pytest.mark.parametrize("made", [optimizer_of, MADE["FNGD"]], ids=["KFAC", "FNGD"])
+def test_parameters_that_were_replaced_are_one_clear_error_and_nothing_moves(
+    made: Any, replace: Any, when: str
+) -> None:
     model = mlp()
-    optimizer = optimizer_of(model)
+    optimizer = made(model)
     if when != "before the first pass":
         train(model, optimizer, range(3))
     if when == "between pass and step":
@@ -524,7 +543,7 @@ def test_parameters_that_were_replaced_are_one_clear_error_and_nothing_moves(rep
             else:
                 train(model, optimizer, [5])
         assert same((values(model), [p.detach() for p in held], optimizer.state_dict()), before)
-    fresh = optimizer_of(model)
+    fresh = made(model)
     train(model, fresh, range(5, 8))
     assert all(not torch.equal(a, p) for a, p in zip(before[0], values(model), strict=True))
     assert str(optimizer)

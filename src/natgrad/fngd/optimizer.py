@@ -23,10 +23,11 @@ from natgrad.fngd.validate import check_settings, checked_ids
 from natgrad.fngd.weighting import Plan, Weighting
 from natgrad.layers import Coverage, Layer, expected
 from natgrad.optim.adamw import DEFAULTS, adamw_step
+from natgrad.optim.checkpoints import check_parameters, check_processes
 from natgrad.optim.fallback import Watch
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
-from natgrad.optim.proposal import restore_dtypes
+from natgrad.optim.proposal import restore_dtypes, uninterrupted
 from natgrad.optim.step_size import read_once
 from natgrad.record import Record
 
@@ -100,6 +101,7 @@ class FNGD(torch.optim.Optimizer):
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         coefficients = PositionMean() if coefficients is None else coefficients
         check_settings(locals())
+        check_processes()
         self._first = FirstPhase(System(mu, unit, normalise), coefficients, share)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self._expected = expected(model, tuple(exclude), wide=None)
@@ -191,23 +193,30 @@ class FNGD(torch.optim.Optimizer):
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
         """
         loss = self._evaluate(closure)
+        check_parameters(self.model, self.param_groups)
         self._learn_layers()
         for p in self.model.parameters():
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
         learnt = self._learn(self._engine.take()) if self.learns else {}
         moves = self._moves(learnt)
-        if self._finite(learnt):
-            self._apply(learnt, moves)
-        else:
-            self._clock["skipped"] += 1
+        finite = self._finite(learnt)
+        if not finite:
             warnings.warn(f"step {self.steps} skipped: a gradient, an input or an output is not finite", stacklevel=2)
+        with uninterrupted():
+            if finite:
+                self._apply(learnt, moves)
+            self._conclude(finite)
+        return loss
+
+    def _conclude(self, applied: bool) -> None:
+        """Count the step, and make ready for the next one."""
         learnt_so_far = self.learns
         self._clock["steps"] += 1
+        self._clock["skipped"] += not applied
         if self.learns != learnt_so_far:
             self._enter_phase()
         self._arm()
-        return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:

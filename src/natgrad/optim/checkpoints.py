@@ -63,5 +63,5 @@ def check_processes() -> None:
     count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     if count > 1:
         raise RuntimeError(
-            f"NaturalGradient runs in one process, and here are {count}, each of which would train on its own curvature"
+            f"natgrad runs in one process, and here are {count}, each of which would train on its own curvature"
         )
