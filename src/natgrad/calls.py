@@ -72,6 +72,13 @@ def _around(watcher: Watcher, plain: Callable[..., Any], *args: Any, **kwargs: A
     return watcher.around(plain, args, kwargs)
 
 
+def function_of(call: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """What the arguments of a call are those of: a method of ``model``, or its forward."""
+    while isinstance(call, partial) and call.func is _around:
+        call = call.args[1]
+    return call if isinstance(call, partial) else model.forward
+
+
 def calls_of(model: nn.Module) -> Calls | None:
     """The calls of a model that is watched."""
     calls = vars(model).get("_compiled_call_impl")

@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from natgrad.calls import release_calls, watch_calls
+from natgrad.calls import function_of, release_calls, watch_calls
 from natgrad.capture import Examples
 from natgrad.hooks import Quiet, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
@@ -57,12 +57,13 @@ class Engine:
         self.labels = labels
         self.inventory = Inventory(model, tuple(exclude), wide)
         self._model, self._only_training, self._batch_dim, self._lasting = model, only_training, batch_dim, lasting
-        self._which, self._mask = Examples(), checked_mask(model, mask)
+        self._methods = tuple(calls)
+        self._which, self._mask = Examples(), checked_mask(model, mask, self._methods)
         self._records: list[Record] = []  # reached by a backward pass, or needing none
         self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
         self._taps: list[Any] = []
-        self._methods, self._running = tuple(calls), False
+        self._running = False
         self._once: dict[tuple[int, bool], bool] = {}
         self._verification = Verification(self.inventory)
         self._hooked = False  # whether modules have backward hooks of the user
@@ -205,7 +206,7 @@ class Engine:
         output: Any,
     ) -> None:
         """Make a record of what was seen in a pass."""
-        record.mask = existing(self._model, self._mask, args, kwargs)
+        record.mask = existing(function_of(call, self._model), self._mask, args, kwargs)
         reached: set[int] = set()
         leaves = tree_leaves((args, kwargs))
         nodes = [one.edge.node for one in watch.calls if one.edge is not None]

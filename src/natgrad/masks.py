@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,37 +12,39 @@ Mask = str | Callable[..., Tensor | None] | None
 """Which positions (n, t) of the examples exist: the name of an argument of the model, or a function of all of them."""
 
 
-def checked_mask(model: nn.Module, mask: Mask) -> Mask:
-    """The mask itself; ``TypeError`` for none of its kinds, ``ValueError`` for a name that is no argument."""
+def checked_mask(model: nn.Module, mask: Mask, methods: Iterable[str] = ()) -> Mask:
+    """The mask itself; ``TypeError`` for none of its kinds, ``ValueError`` for a name that is no argument of forward or
+    of one of the methods."""
     if mask is None or callable(mask):
         return mask
     if not isinstance(mask, str):
         raise TypeError(
             f"mask must be the name of an argument of the model, or a function of all of them, got {mask!r}"
         )
-    parameters = inspect.signature(model.forward).parameters
-    if mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"mask={mask!r} is no argument of the model, whose forward takes {', '.join(parameters)}")
+    own = inspect.signature(model.forward).parameters
+    others = (inspect.signature(getattr(model, name)).parameters for name in methods if hasattr(model, name))
+    if not any(mask in some or any(p.kind is p.VAR_KEYWORD for p in some.values()) for some in (own, *others)):
+        raise ValueError(f"mask={mask!r} is no argument of the model, whose forward takes {', '.join(own)}")
     return mask
 
 
-def existing(model: nn.Module, mask: Mask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask (n, t) of a pass, as booleans; ``ValueError`` for what is none."""
+def existing(function: Callable[..., Any], mask: Mask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask (n, t) of a call of a function, as booleans; ``ValueError`` for what is none."""
     if mask is None:
         return None
     if callable(mask):
         found = mask(*args, **kwargs)
     else:
-        found = kwargs[mask] if mask in kwargs else _argument(model, mask, args)
+        found = kwargs[mask] if mask in kwargs else _argument(function, mask, args)
     if found is not None and (not isinstance(found, Tensor) or found.ndim != 2):
         got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"mask must lead to a tensor (n, t) that is not 0 where a position exists, got {got}")
     return None if found is None else found != 0
 
 
-def _argument(model: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
-    """An argument of the model's forward by its name, ``None`` where it is not given."""
-    names = list(inspect.signature(model.forward).parameters)
+def _argument(function: Callable[..., Any], name: str, args: tuple[Any, ...]) -> Any:
+    """An argument by its name, ``None`` where it is not given."""
+    names = list(inspect.signature(function).parameters)
     return args[names.index(name)] if name in names and names.index(name) < len(args) else None
 
 

@@ -276,3 +276,32 @@ def test_a_mask_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"calls must be names of methods, such as \('act',\)"):
         NaturalGradient(model, calls="act")
     assert error(torch.ones(1), torch.ones(1)) == 0
+
+
+class Scored(nn.Module):
+    """With a method whose arguments are those of forward in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, exists: Tensor, shift: Tensor) -> Tensor:
+        return self.head(x) + shift.unsqueeze(-1)
+
+    def score(self, x: Tensor, shift: Tensor, exists: Tensor) -> Tensor:
+        return self.head(x) + shift.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_a_mask_is_an_argument_of_the_method_that_is_called(engines: int) -> None:
+    model, x, shift = Scored(), torch.randn(N, 4, 3), torch.ones(N, 4)
+    exists = torch.arange(4) < torch.tensor([[1], [2], [3], [4], [2]])
+    made = [Engine(model, Labels(Gaussian(), "exact"), mask="exists", calls=("score",)) for _ in range(engines)]
+    for engine in made:
+        engine.armed = True
+    model(x, exists, shift)
+    model.score(x, shift, exists)
+    for engine in made:
+        masks = [record.mask for record in engine.everything()]
+        assert len(masks) == 2 and all(mask is not None and torch.equal(mask, exists) for mask in masks)
