@@ -24,6 +24,7 @@ from natgrad.fngd.weighting import Plan, Weighting
 from natgrad.layers import Coverage, Layer, expected
 from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.checkpoints import check_parameters, check_processes
+from natgrad.optim.closure import evaluate, write_out
 from natgrad.optim.fallback import Watch
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
@@ -192,12 +193,10 @@ class FNGD(torch.optim.Optimizer):
 
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
         """
-        loss = self._evaluate(closure)
+        loss = evaluate(closure, self._restart)
         check_parameters(self.model, self.param_groups)
         self._learn_layers()
-        for p in self.model.parameters():
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad = p.grad.to_dense()
+        write_out(self.model)
         learnt = self._learn(self._engine.take()) if self.learns else {}
         moves = self._moves(learnt)
         finite = self._finite(learnt)
@@ -218,16 +217,10 @@ class FNGD(torch.optim.Optimizer):
             self._enter_phase()
         self._arm()
 
-    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        if closure is None:
-            return None
-        try:
-            with torch.enable_grad():
-                return closure()
-        except BaseException:
-            self._engine.discard()
-            self._arm()
-            raise
+    def _restart(self) -> None:
+        """Forget what was recorded, and be ready for the same step again."""
+        self._engine.discard()
+        self._arm()
 
     def _learn(self, records: list[Record]) -> dict[str, Learnt]:
         """The directions and the tables of the layers that the passes of this step reached."""

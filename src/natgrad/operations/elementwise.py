@@ -248,7 +248,7 @@ def instance_norm(
     return y
 
 
-def scaled(watch: Watch, weight: Any, x: Tensor, y: Tensor, operation: str, version: int | None = None) -> bool:
+def scaled(watch: Watch, weight: Any, x: Tensor, y: Tensor, operation: str) -> bool:
     """Read y as w x, w being repeated along at least one dimension; returns whether it is."""
     operand = watch.operand(weight)
     if operand is None:
@@ -269,9 +269,8 @@ def scaled(watch: Watch, weight: Any, x: Tensor, y: Tensor, operation: str, vers
         return z.permute(*rest, *own).reshape(*(z.shape[d] for d in rest), -1, 1)
 
     form = Product(groups=tuple(range(max(1, len(own)))), outs=(), ins=())
-    version = x._version if version is None else version
     operand = replace(operand, view=view)
-    watch.saw(form, operand, None, flat(x.detach().expand(y.shape)), y, flat, operation, version=version)
+    watch.saw(form, operand, None, flat(x.detach().expand(y.shape)), y, flat, operation, version=x._version)
     return True
 
 

@@ -171,9 +171,6 @@ def _factors(watch: Watch, y: Tensor, left: Tensor, right: Tensor, bias: Any = N
     kept = [d for d in range(len(of_w)) if of_w[d].islower() or (view.stride[d] and view.size[d] > 1)]
     view = View(tuple(view.size[d] for d in kept), tuple(view.stride[d] for d in kept), view.offset)
     of_w = "".join(of_w[d] for d in kept)
-    for d in reversed(range(len(of_x))):
-        if of_x[d].isupper() and x.shape[d] == 1 and y.shape[of_y.index(of_x[d])] > 1:
-            x, of_x = x.squeeze(d), of_x[:d] + of_x[d + 1 :]
     operand = replace(known, view=view, factor=known.factor * factor)
     contract(watch, operand, x, (of_w, of_x, of_y), y, "matmul", bias)
 

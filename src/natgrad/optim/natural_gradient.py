@@ -22,6 +22,7 @@ from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.checkpoints import check_checkpoint, check_parameters, check_processes
 from natgrad.optim.clock import new_clock, remember
+from natgrad.optim.closure import evaluate, write_out
 from natgrad.optim.coverage import matrices_of, report
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
@@ -264,7 +265,7 @@ class NaturalGradient(torch.optim.Optimizer):
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
         Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
         """
-        loss = self._evaluate(closure)
+        loss = evaluate(closure, self._restart)
         with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
             proposal = self._next()
             with uninterrupted():
@@ -277,9 +278,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._group_of = {id(p): group for group in self._natural for p in group["params"]}
         records = self._engine.take()
         self._learn_layers()
-        for p in self.model.parameters():
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad = p.grad.to_dense()
+        write_out(self.model)
         return self._propose(records)
 
     def _conclude(self, proposal: Proposal | None) -> None:
@@ -292,16 +291,10 @@ class NaturalGradient(torch.optim.Optimizer):
         self._clock["steps"] += 1
         self._arm()
 
-    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        if closure is None:
-            return None
-        try:
-            with torch.enable_grad():
-                return closure()
-        except BaseException:
-            self._engine.discard()
-            self._arm()
-            raise
+    def _restart(self) -> None:
+        """Forget what was recorded, and be ready for the same step again."""
+        self._engine.discard()
+        self._arm()
 
     def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
