@@ -94,22 +94,24 @@ def test_positions_are_the_times_in_their_order() -> None:
     assert torch.equal(backwards.a[:, -1, :-1], start)
 
 
+def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, all gradients and the state of the random numbers, from one seed."""
+    torch.manual_seed(1)
+    z = x.clone().requires_grad_()
+    output = model(z)
+    model.zero_grad()
+    output.square().sum().backward()
+    gradients = [p.grad.clone() for p in (*model.parameters(), z) if p.grad is not None]
+    return [output.detach(), *gradients, torch.get_rng_state().double()]
+
+
 @pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
 def test_gradients_and_dropout_are_those_without_an_engine(make: Any) -> None:
     model, x = kind(make, num_layers=3, dropout=0.4, bidirectional=True)(), torch.randn(N, T, IN)
 
-    def seen() -> list[Tensor]:
-        torch.manual_seed(1)
-        z = x.clone().requires_grad_()
-        output = model(z)
-        model.zero_grad()
-        output.square().sum().backward()
-        gradients = [p.grad.clone() for p in (*model.parameters(), z) if p.grad is not None]
-        return [output.detach(), *gradients, torch.get_rng_state().double()]
-
-    alone = seen()
+    alone = outcome(model, x)
     with armed(model, None) as engine:
-        watched = seen()
+        watched = outcome(model, x)
         assert len(engine.everything()) == 1
     assert len(alone) == len(watched) == 1 + 3 * 2 * 4 + 1 + 1
     for one, other in zip(alone, watched, strict=True):
@@ -200,18 +202,9 @@ def test_packed_sequences_capture_every_example_at_the_steps_that_it_has(
 def test_gradients_and_dropout_of_packed_sequences_are_those_without_an_engine(make: Any) -> None:
     model, x = Packed(make(IN, H, 3, dropout=0.4, bidirectional=True)), torch.randn(N, T, IN)
 
-    def seen() -> list[Tensor]:
-        torch.manual_seed(1)
-        z = x.clone().requires_grad_()
-        output = model(z)
-        model.zero_grad()
-        output.square().sum().backward()
-        gradients = [p.grad.clone() for p in (*model.parameters(), z) if p.grad is not None]
-        return [output.detach(), *gradients, torch.get_rng_state().double()]
-
-    alone = seen()
+    alone = outcome(model, x)
     with armed(model, None) as engine:
-        watched = seen()
+        watched = outcome(model, x)
         assert len(engine.everything()) == 1
     for one, other in zip(alone, watched, strict=True):
         assert_equal(other, one, 1e-12)

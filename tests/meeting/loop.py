@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad import Categorical, KLLimit, NaturalGradient
+from snapshots import same as same
+from snapshots import values as values
 
 N = 6
 
@@ -51,21 +53,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Any, shape:
     for seed in seeds:
         backward(model, optimizer, batch(seed, shape))
         optimizer.step()
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(found: Any, expected: Any) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(expected, Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return bool(found == expected)
 
 
 def everything(model: nn.Module, optimizer: NaturalGradient) -> Any:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad import EKFAC, FNGD, KFAC, TEKFAC, TKFAC, Categorical, NaturalGradient
+from snapshots import same as same
+from snapshots import values as values
 
 FOUR = [KFAC, EKFAC, TKFAC, TEKFAC]
 Batch = tuple[Tensor, Tensor]
@@ -63,23 +65,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[
     return losses
 
 
-def values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
 def weights(optimizer: NaturalGradient | FNGD) -> list[nn.Parameter]:
     return [layer.parameters[0] for layer in optimizer.layers.values()]
-
-
-def same(found: Any, expected: Any) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(expected, Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return bool(found == expected)
 
 
 def through_a_file(value: Any) -> Any:
