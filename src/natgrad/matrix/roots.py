@@ -17,6 +17,7 @@ from torch import Tensor
 from natgrad.matrix.base import LinearMap, Matrix
 from natgrad.matrix.damping import FactoredRule
 from natgrad.matrix.diagonal import Diagonal
+from natgrad.matrix.factor import is_column
 from natgrad.matrix.factorise import FactorisationError, eigh, shifted
 from natgrad.matrix.kronecker import Kronecker
 from natgrad.matrix.one_sided import OneSided
@@ -111,12 +112,20 @@ def inverse_roots(matrix: Matrix, damping: float = 0.0, root: Root = eigh_root) 
         return Rows(inverse), Rows(half)
     if isinstance(matrix, Kronecker) and isinstance(matrix.rule, FactoredRule):
         left, right = matrix.rule.shifts(matrix, damping)
-        (G, G_inverse), (A, A_inverse) = root(matrix.left, left), root(matrix.right, right)
+        (G, G_inverse), (A, A_inverse) = _side(root, matrix.left, left), _side(root, matrix.right, right)
         return Kronecker(G_inverse, A_inverse), Kronecker(G, A)
     inverted = matrix.inverse(damping)
     if isinstance(inverted, (Spectral, Diagonal)):
         return inverted.power(0.5), inverted.power(-0.5)
     raise ValueError(f"no square root for a {type(matrix).__name__} matrix")
+
+
+def _side(root: Root, X: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Both roots of one side of a Kronecker product, which may be a column."""
+    if not is_column(X) or X.shape[-2] == 1:
+        return root(X, shift)
+    half = _positive(X + shift[..., None, None], X).sqrt()
+    return half, 1 / half
 
 
 def _iterated(

@@ -17,13 +17,18 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
+from natgrad.optim.geometry import INVERSE, Geometry, Natural
 
-_COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes")
+_COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "kind")
+
+_NATURAL = Natural()
 
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """``stats`` and ``matrix`` of a layer, and the ``inverse`` that preconditions its gradient.
+    """``stats`` and ``matrix`` of a layer, and the ``inverse`` that preconditions its gradient, or a root of one.
+
+    Which of both is its ``kind`` (:mod:`~natgrad.optim.geometry`).
 
     ``matrix`` is kept where the approximation says so (:attr:`~natgrad.fishers.Approximation.keeps`), else ``None``.
     ``observations`` counts the batches in the statistics, and ``examples`` those in them; with 0 the others are
@@ -43,15 +48,17 @@ class LayerCurvature:
     failures: int = 0
     retries: int = 0
     refreshes: int = 0
+    kind: int = INVERSE
     damping: float = 1.0
     applied: LinearMap | None = None
 
     @classmethod
-    def empty(cls, approximation: Approximation, layer: Layer) -> Self:
+    def empty(cls, approximation: Approximation, layer: Layer, geometry: Geometry) -> Self:
         """A placeholder: what one example of zeros would give."""
         stats = approximation.merge(None, approximation.observe(layer.blank()), 0.0)
         matrix = approximation.assemble(stats)
-        return cls(stats, matrix if approximation.keeps else None, approximation.invert(matrix, 1.0))
+        inverse, kind = geometry.prepare(approximation, matrix, 1.0)
+        return cls(stats, matrix if approximation.keeps else None, inverse, kind=kind)
 
     @property
     def ready(self) -> bool:
@@ -78,7 +85,13 @@ class LayerCurvature:
         return replace(self, stats=stats, observations=self.observations + 1, examples=examples)
 
     def correct(
-        self, approximation: Approximation, seen: Sequence[Capture], decay: float, damping: float, n: int | None = None
+        self,
+        approximation: Approximation,
+        seen: Sequence[Capture],
+        decay: float,
+        damping: float,
+        n: int | None = None,
+        geometry: Geometry = _NATURAL,
     ) -> Self:
         """The matrix with its cheap update by the same observation, of n examples, and its inverse; as it was where
         that has none."""
@@ -90,9 +103,9 @@ class LayerCurvature:
             weight = _lighter(weight, n, self.examples / self.observations)
         matrix = approximation.correct(self.matrix, seen, weight)
         try:
-            inverse = approximation.invert(matrix, damping)
-            corrections = self.corrections + 1
-            return replace(self, matrix=matrix, inverse=inverse, corrections=corrections, damping=damping, applied=None)
+            inverse, kind = geometry.prepare(approximation, matrix, damping)
+            corrected = replace(self, matrix=matrix, inverse=inverse, kind=kind, damping=damping, applied=None)
+            return replace(corrected, corrections=self.corrections + 1)
         except FactorisationError:
             return self
 
@@ -108,17 +121,19 @@ class LayerCurvature:
         matrix = None if self.matrix is None else self.matrix.to(dtype)
         return replace(self, stats=stats, matrix=matrix, inverse=self.inverse.to(dtype), applied=None)
 
-    def refresh(self, approximation: Approximation, damping: float, name: str) -> Self:
+    def refresh(
+        self, approximation: Approximation, damping: float, name: str, geometry: Geometry = _NATURAL
+    ) -> Self:
         """A new matrix and inverse; on failure in float64, else the old ones; the third time it raises."""
         previous = self.matrix if self.refreshed else None
         try:
-            return self._assembled(approximation, self.stats, previous, damping)
+            return self._assembled(approximation, self.stats, previous, damping, geometry)
         except FactorisationError as first:
             error: FactorisationError = first
         try:
             double = {key: statistic.to(torch.float64) for key, statistic in self.stats.items()}
             wide = None if previous is None else previous.to(torch.float64)
-            renewed = self._assembled(approximation, double, wide, damping)
+            renewed = self._assembled(approximation, double, wide, damping, geometry)
             dtype = next(iter(self.stats.values())).value.dtype
             matrix = None if renewed.matrix is None else renewed.matrix.to(dtype)
             narrow = replace(renewed, stats=self.stats, matrix=matrix, inverse=renewed.inverse.to(dtype))
@@ -136,15 +151,22 @@ class LayerCurvature:
         matrix = approximation.assemble(self.stats) if known is None else known
         return (matrix.trace() / (matrix.shape[-1] * matrix.shape[-2])).mean()
 
-    def precondition(self, M: Tensor) -> Tensor:
-        """inverse @ M."""
-        return (self.applied or self.inverse) @ M
+    def precondition(self, M: Tensor, geometry: Geometry = _NATURAL) -> Tensor:
+        """The direction for M: inverse @ M, or what the geometry makes of a root."""
+        return geometry.direction(self.applied or self.inverse, self.kind, M)
 
-    def _assembled(self, approximation: Approximation, stats: Stats, previous: Matrix | None, damping: float) -> Self:
+    def _assembled(
+        self,
+        approximation: Approximation,
+        stats: Stats,
+        previous: Matrix | None,
+        damping: float,
+        geometry: Geometry,
+    ) -> Self:
         matrix = approximation.assemble(stats, previous)
-        inverse = approximation.invert(matrix, damping)
+        inverse, kind = geometry.prepare(approximation, matrix, damping)
         kept = matrix if approximation.keeps else None
-        renewed = replace(self, matrix=kept, inverse=inverse, damping=damping, applied=None, failures=0)
+        renewed = replace(self, matrix=kept, inverse=inverse, kind=kind, damping=damping, applied=None, failures=0)
         corrections = 0 if approximation.seed else self.corrections
         return replace(renewed, corrections=corrections, refreshes=self.refreshes + 1)
 

@@ -21,6 +21,7 @@ from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
+from natgrad.optim.geometry import INVERSE, Geometry, Natural, Spectral
 from natgrad.optim.precision import fast_dtype
 from natgrad.record import Record, Sharing
 
@@ -65,6 +66,7 @@ class Layerwise:
     sharing: Sharing
     precision: torch.dtype | str
     damping: Damping
+    geometry: Geometry = Natural()
 
     def of(self, name: str) -> Approximation:
         """The approximation of one layer."""
@@ -98,7 +100,8 @@ class Layerwise:
 
     def _begun(self, name: str, kept: Mapping[str, Any]) -> LayerCurvature:
         layer = self.layers[name]
-        curvature = LayerCurvature.empty(self.of(name), layer)
+        natural = kept.get("kind", INVERSE) == INVERSE
+        curvature = LayerCurvature.empty(self.of(name), layer, Natural() if natural else Spectral())
         if "observations" not in kept or kept.get("momentum", curvature.inverse).shape != layer.shape:
             return curvature.prepared(self.fast(name))
         return curvature.with_state(kept, name, self.approximation.together).prepared(self.fast(name))
@@ -131,11 +134,11 @@ class Layerwise:
         return finiteness(tensors)
 
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """D = inverse @ M."""
+        """D: inverse @ M, or what the geometry makes of M."""
         coupled = {name: gradient for name, gradient in M.items() if state.joint is not None and self._couples(name)}
         known = state.joint @ coupled if state.joint is not None and coupled else {}
         return {
-            name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient)
+            name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient, self.geometry)
             for name, gradient in M.items()
         }
 
@@ -183,11 +186,11 @@ class Layerwise:
         self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float, n: int
     ) -> LayerCurvature:
         dtype, approximation = self.fast(name), self.of(name)
-        if curvature.ready and (refreshes or not curvature.refreshed):
-            curvature = curvature.refresh(approximation, damping, name)
+        if curvature.ready and (refreshes or not curvature.refreshed or not self.geometry.made(curvature.kind)):
+            curvature = curvature.refresh(approximation, damping, name, self.geometry)
         if seen and curvature.refreshed and approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
-            curvature = curvature.correct(approximation, quick, self.decay, damping, n)
+            curvature = curvature.correct(approximation, quick, self.decay, damping, n, self.geometry)
         return curvature.prepared(dtype)
 
     def _spread(self, policy: TraceDamping, layers: Mapping[str, LayerCurvature], damping: float) -> dict[str, float]:

@@ -301,7 +301,7 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature = self._advance(records)
         layers = self._curvature.layers
         names = [name for name, c in curvature.items() if c.refreshed and layers[name].has_gradient]
-        directions, lr = self._directions({name: layers[name] for name in names}, curvature, records)
+        directions, averages, lr = self._directions({name: layers[name] for name in names}, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
         if names and not records and self.step_size.needs_samples(self._clock["memory"]):
@@ -313,13 +313,17 @@ class NaturalGradient(torch.optim.Optimizer):
         if not all(math.isfinite(value) for value in read.values()):
             return None
         capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
-        situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity)
+        scheduled = any("initial_lr" in group for group in self._natural)
+        situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
-        return Proposal(curvature, directions.D, decision, read.get("drift", 0.0), lr)
+        return Proposal(curvature, directions.D, averages, decision, read.get("drift", 0.0), lr)
 
     def _advance(self, records: list[Record]) -> State:
         started = time.perf_counter()
+        geometry = self.step_size.geometry(self._clock["memory"])
+        if geometry != self._curvature.geometry and not self._curvature.approximation.together:
+            self._curvature = replace(self._curvature, geometry=geometry)
         state = self._curvature.filled(self._now, self._kept)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if self._curvature.observes(self.steps):
@@ -331,25 +335,30 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _directions(
         self, layers: dict[str, Layer], curvature: State, records: list[Record]
-    ) -> tuple[Directions, float]:
-        """The directions of the step, and the learning rate that they all share."""
-        M = blocks(layers)
-        D = self._curvature.precondition(curvature, M)
-        kept = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
+    ) -> tuple[Directions, dict[str, Tensor] | None, float]:
+        """The directions of the step, the averages that they come from, and the learning rate that they all share."""
+        M, memory = blocks(layers), self._clock["memory"]
+        beta = self.step_size.averages(memory)
+        other = (beta is None) == bool(memory.get("averaged", 0.0))  # than the last step's: P is of another kind
+        kept = {name: None if other else self._kept(layer).get("momentum") for name, layer in layers.items()}
         P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
+        averages = None if beta is None else {n: torch.lerp(M[n], P[n], beta) for n in M}
+        ahead = M if averages is None else {n: torch.lerp(M[n], averages[n], beta) for n in M}
+        D = self._curvature.precondition(curvature, ahead)
         precision, labels = self._curvature.precision, self._engine.labels
         directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares, lr = self._rates(layers)
         every = list(shares.values())
-        return (directions if all(share == 1.0 for share in every) else directions.scaled(every)), lr
+        return (directions if all(share == 1.0 for share in every) else directions.scaled(every)), averages, lr
 
     def _rates(self, names: Iterable[str]) -> tuple[dict[str, float], float]:
         """The largest learning rate of the groups, and what share of it every layer has."""
         rates = {key: group["lr"] for key, group in self._group_of.items()}
         lr = max(rates.values(), default=0.0)
-        return {name: rates[id(self._curvature.layers[name].weight)] / lr if lr else 1.0 for name in names}, lr
+        unit = self.step_size.unit(self._clock["memory"])
+        return {name: rates[id(self._curvature.layers[name].weight)] / lr if lr else 1.0 for name in names}, unit * lr
 
     def _apply(self, proposal: Proposal) -> None:
         """Apply a step, whole: what can fail comes first, and is taken back if it does."""

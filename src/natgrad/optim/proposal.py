@@ -22,11 +22,13 @@ from natgrad.optim.step_size import Decision
 class Proposal:
     """Everything a step would change, computed before anything is.
 
-    ``moves`` are the directions D of the layers, as blocks.
+    ``moves`` are the directions D of the layers, as blocks; ``averages`` their averaged gradients, where D comes from
+    these.
     """
 
     curvature: State
     moves: Mapping[str, Tensor]
+    averages: Mapping[str, Tensor] | None
     decision: Decision
     drift: float
     lr: float
@@ -59,6 +61,7 @@ def moves_of(
     """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0.
 
     P is the ``momentum`` in the state of a layer's weight; ``settings`` are the groups of parameters by their ids.
+    Where D comes from averaged gradients, P is that average, and theta <- theta - lr alpha D.
     """
     mu, alpha = proposal.decision.mu, proposal.decision.alpha
     moves = Moves([], [])
@@ -70,12 +73,17 @@ def moves_of(
             P = torch.zeros(layer.shape, dtype=layer.weight.dtype, device=layer.weight.device)
         if D is None or not group["lr"]:
             P = torch.zeros_like(P, dtype=layer.weight.dtype)
-        if D is not None and group["lr"]:
+        if D is not None and proposal.averages is not None:
+            P = proposal.averages[name]
+        elif D is not None and group["lr"]:
             P = torch.mul(P, mu).to(D.dtype).add_(D, alpha=alpha)
         moves.momenta.append((parameters[0], key, P))
         if D is None:
             continue
-        step = torch.add(mu * P, D, alpha=alpha) if group["nesterov"] else P
+        if proposal.averages is not None:
+            step = alpha * D
+        else:
+            step = torch.add(mu * P, D, alpha=alpha) if group["nesterov"] else P
         for p, view, change in zip(parameters, layer.views, layer.unpack(step), strict=True):
             own = settings.get(id(p), group)
             decay = 1 - own["lr"] * own["weight_decay"] if own["weight_decay"] else 1.0

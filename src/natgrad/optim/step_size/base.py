@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from natgrad.optim.geometry import Geometry, Natural
+
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
@@ -27,7 +29,8 @@ class Situation:
     """What a policy decides on: the scalars read, the learning rate and momentum, and what it remembered last time.
 
     ``read`` always has ``slope`` = <D, M> and ``drift`` = <P, M>, M the gradient. ``capacity`` is the largest
-    entropy of one loss term in nats, the scale on which a KL divergence is large or small.
+    entropy of one loss term in nats, the scale on which a KL divergence is large or small. ``scheduled``: whether a
+    schedule sets the learning rate.
     """
 
     read: Mapping[str, float]
@@ -35,6 +38,7 @@ class Situation:
     momentum: float = 0.9
     memory: Memory = field(default_factory=dict)
     capacity: float = 1.0
+    scheduled: bool = False
 
     def form(self, name: str, alpha: float, mu: float) -> float:
         """(alpha D + mu P)^T X (alpha D + mu P) for the matrix X = ``name``."""
@@ -65,6 +69,18 @@ class StepSize(ABC):
     chooses_momentum = False  # or takes it from the settings
     needs_inputs = False  # whether the model is run again, on its own inputs
     lr = 1.0  # the default learning rate under this policy
+
+    def geometry(self, memory: Memory) -> Geometry:
+        """In which norm the step is the steepest: by default the natural gradient's."""
+        return Natural()
+
+    def averages(self, memory: Memory) -> float | None:
+        """The decay of an average of gradients that is taken before the map, or ``None`` where P are directions."""
+        return None
+
+    def unit(self, memory: Memory) -> float:
+        """What a learning rate is multiplied by."""
+        return 1.0
 
     def needs_samples(self, memory: Memory) -> bool:
         """Whether the next step's products read the captured samples."""

@@ -1,0 +1,85 @@
+"""Geometries: in which norm a step is steepest, given a matrix F of the layer.
+
+Of all steps D of norm 1 the steepest maximises <M, D>, M the gradient or its average (Bernstein and Newhouse, arXiv
+2409.20325). Both norms here live in the coordinates that the matrix whitens, Z = F^(1/2) D.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from natgrad.fishers import Approximation
+from natgrad.matrix import LinearMap, Matrix
+from natgrad.matrix.whitening import polar, whitening
+
+INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
+
+
+class Geometry(ABC):
+    """What is made of a matrix at a refresh, and of a gradient with it at every step."""
+
+    @abstractmethod
+    def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
+        """The preconditioner, and which of ``INVERSE``, ``ROOT`` and ``NO_ROOT`` it is. Raises
+        ``FactorisationError``."""
+
+    @abstractmethod
+    def made(self, kind: int) -> bool:
+        """Whether a preconditioner of this kind is its own."""
+
+    def direction(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor:
+        """The direction D for a gradient M (*groups, out, in)."""
+        return preconditioner @ M
+
+
+@dataclass(frozen=True)
+class Natural(Geometry):
+    """The Frobenius norm, |Z|_F = (D^T F D)^(1/2): D = (F + damping I)^-1 M, the natural gradient (Amari 1998)."""
+
+    def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
+        """The damped inverse."""
+        return approximation.invert(matrix, damping), INVERSE
+
+    def made(self, kind: int) -> bool:
+        """An inverse that is no stand-in."""
+        return kind == INVERSE
+
+
+@dataclass(frozen=True)
+class Spectral(Geometry):
+    """The spectral norm, |Z|_2: D = S polar(S M) with S = F^(-1/2), spectral descent in the Fisher's coordinates.
+
+    With F = G kron A: D = G^(-1/2) polar(G^(-1/2) M A^(-1/2)) A^(-1/2). It solves max <M, D> over |G^(1/2) D A^(1/2)|_2
+    <= 1, where <M, D> = |S M|_*, the nuclear norm. With F = I it is Muon's direction. ``damping`` times its mean
+    eigenvalue is added to every factor before the root; that of the optimizer plays no part. Matrices without a root
+    (:func:`~natgrad.matrix.whitening.whitening`) give the natural direction. It is not linear in M, so that momentum
+    comes before it. Cost of a step: two products with S and some 20 m^2 n + 10 m^3 flops for sides m <= n.
+    """
+
+    damping: float = 0.1
+    iterations: int | None = 5
+
+    def __post_init__(self) -> None:
+        """Refuse a damping that is not positive, and iterations that are no number of them."""
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping must be a finite number > 0, got {self.damping!r}")
+        if self.iterations is not None and not (isinstance(self.iterations, int) and self.iterations > 0):
+            raise ValueError(f"iterations must be a whole number of at least 1 or None, got {self.iterations!r}")
+
+    def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
+        """S, or where it has none the damped inverse."""
+        root = whitening(matrix, self.damping)
+        return (approximation.invert(matrix, damping), NO_ROOT) if root is None else (root, ROOT)
+
+    def made(self, kind: int) -> bool:
+        """A root, or its stand-in."""
+        return kind != INVERSE
+
+    def direction(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor:
+        """S polar(S M)."""
+        if kind != ROOT:
+            return preconditioner @ M
+        return preconditioner @ polar(preconditioner @ M, self.iterations)
