@@ -105,7 +105,7 @@ def inverse_roots(matrix: Matrix, damping: float = 0.0, root: Root = eigh_root) 
     with a known spectrum by powers of it. ``ValueError`` for any other matrix.
     """
     if isinstance(matrix, OneSided):
-        half, inverse = root(matrix.factor, matrix.ridge(damping))
+        half, inverse = _side(root, matrix.factor, matrix.ridge(damping))
         return replace(matrix, factor=inverse, eps=0.0), replace(matrix, factor=half, eps=0.0)
     if isinstance(matrix, Rows):
         half, inverse = root(matrix.values, matrix.ridge(damping))

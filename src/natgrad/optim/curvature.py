@@ -17,7 +17,7 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
-from natgrad.optim.geometry import INVERSE, Geometry, Natural
+from natgrad.optim.geometry import INVERSE, ROOT, Geometry, Natural
 
 _COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "kind")
 
@@ -154,6 +154,12 @@ class LayerCurvature:
     def precondition(self, M: Tensor, geometry: Geometry = _NATURAL) -> Tensor:
         """The direction for M: inverse @ M, or what the geometry makes of a root."""
         return geometry.direction(self.applied or self.inverse, self.kind, M)
+
+    def metric(self, X: Tensor, Y: Tensor) -> Tensor:
+        """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""
+        SX, SY = self.inverse @ X, self.inverse @ Y
+        left = (SX, SX, SY) if self.kind == ROOT else (X, X, Y)
+        return torch.stack([(a * b).sum() for a, b in zip(left, (SY, SX, SY), strict=True)])
 
     def _assembled(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.labels import Labels
 from natgrad.layers import Layer
+from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.precision import fast_dtype
 from natgrad.record import Record
 
@@ -33,6 +34,7 @@ class Directions:
     model: nn.Module | None = None
     labels: Labels | None = None
     joint: bool = False
+    curvature: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     @property
     def _device(self) -> torch.device:
@@ -50,6 +52,11 @@ class Directions:
         """<D, D>, <D, P>, <P, P>."""
         return torch.stack([_inner(X, Y).sum() for X, Y in ((self.D, self.D), (self.D, self.P), (self.P, self.P))])
 
+    def agreement(self) -> dict[str, Tensor]:
+        """<M, V>, <M, M> and <V, V> in the metric of F^-1, V = P: two products with the preconditioner a layer."""
+        metrics = [c.metric(self.M[name], self.P[name]) for name, c in self.curvature.items() if name in self.M]
+        return dict(zip(("MV", "MM", "VV"), torch.stack(metrics).sum(0).unbind(), strict=True))
+
     def sampled_curvature(self) -> Tensor:
         """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.
 
@@ -64,15 +71,24 @@ class Directions:
     def lengths(self, damping: float) -> Tensor:
         """One number a layer: the length c of c D that minimises the quadratic model along that layer's D alone.
 
-        c = <D, M> / (D^T F D + damping <D, D>), and 0 where D is 0.
+        c = <D, M> / (D^T F D + damping <D, D>), D^T F D at its least, and 0 where D is 0.
         """
         slopes, squares = _inner(self.D, self.M), _inner(self.D, self.D)
         curvature = torch.zeros_like(slopes)
         for u in self._responses:
             own = [u[name][0].square().sum() if name in u else curvature.new_zeros(()) for name in self.D]
             curvature = curvature + torch.stack(own) / self._count
-        total = curvature + damping * squares
+        total = torch.maximum(curvature, self.least_curvature(slopes)) + damping * squares
         return torch.where(total > 0, slopes / total, torch.zeros_like(total))
+
+    def least_curvature(self, slope: Tensor) -> Tensor:
+        """<D, M>^2 / capacity: what the gradient itself tells of the curvature along D.
+
+        The empirical Fisher of the loss terms is at least M M^T, and no term can lose more than its capacity for long.
+        Samples of a model that is sure of a wrong answer agree with it, and show no curvature at all.
+        """
+        labels = self.labels
+        return slope.square() / (1.0 if labels is None else labels.capacity * labels.scale)
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
         """The same with the D of every layer multiplied by a factor of its own."""

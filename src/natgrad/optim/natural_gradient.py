@@ -313,7 +313,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if not all(math.isfinite(value) for value in read.values()):
             return None
         capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
-        scheduled = any("initial_lr" in group for group in self._natural)
+        scheduled = any("initial_lr" in g or g["lr"] != g["first_lr"] for g in self._natural)
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
@@ -339,14 +339,15 @@ class NaturalGradient(torch.optim.Optimizer):
         """The directions of the step, the averages that they come from, and the learning rate that they all share."""
         M, memory = blocks(layers), self._clock["memory"]
         beta = self.step_size.averages(memory)
-        other = (beta is None) == bool(memory.get("averaged", 0.0))  # than the last step's: P is of another kind
+        other = (beta is None) == bool(self._clock.get("averaged", 0))  # than the last step's: P is of another kind
         kept = {name: None if other else self._kept(layer).get("momentum") for name, layer in layers.items()}
         P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
         averages = None if beta is None else {n: torch.lerp(M[n], P[n], beta) for n in M}
         ahead = M if averages is None else {n: torch.lerp(M[n], averages[n], beta) for n in M}
         D = self._curvature.precondition(curvature, ahead)
         precision, labels = self._curvature.precision, self._engine.labels
-        directions = Directions(layers, M, D, P, records, precision, self.model, labels, curvature.joint is not None)
+        joint = curvature.joint is not None
+        directions = Directions(layers, M, D, P, records, precision, self.model, labels, joint, curvature)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares, lr = self._rates(layers)
@@ -375,6 +376,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for name, curvature in proposal.curvature.items():
                 remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
+        self._clock["averaged"] = int(proposal.averages is not None)
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if not self._engine.inventory.facts and not any(group["lr"] for group in self.param_groups):
             self._foresee()

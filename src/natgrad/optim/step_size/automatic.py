@@ -1,4 +1,4 @@
-"""The default: the quadratic model, and the adaptive KL limit where noise makes the model useless."""
+"""The default: steps of a set length, and the quadratic model where the batch stands for the loss."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from natgrad.optim.step_size.adaptive_kl import AdaptiveKLLimit
+from natgrad.optim.geometry import Geometry
 from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize, average
-from natgrad.optim.step_size.quadratic import QuadraticModel, minimum_along_d
+from natgrad.optim.step_size.layer_length import LayerLength
+from natgrad.optim.step_size.quadratic import QuadraticModel
 
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
@@ -22,51 +23,84 @@ _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 
 @dataclass(frozen=True)
 class Automatic(StepSize):
-    """The quadratic model while it describes the loss, the adaptive KL limit once it only describes the batch.
+    """Steps of a set length at first; the quadratic model once batches are seen to stand for the loss, while they do.
 
-    Two things can be wrong with the model of ``precise``, and the slope <P, M> that the next batch finds along the
-    step just taken tells both, without a further pass.
+    *Do they?* The first ``look`` steps are ``noisy`` ones, short and bounded. In the metric of F^-1, where noise is
+    largest, the gradient M of each is compared with the average V of those before: their cosine is 1 where every
+    batch has the gradient of the loss, and near 0 where noise outweighs it. Where its mean is above ``agreement``,
+    ``precise`` takes over; else ``noisy`` stays, and nothing more is measured. Without a likelihood ``noisy`` always
+    stays: the empirical Fisher is no curvature of the loss, and a model of it depends on the unit of the loss.
 
-    *It reaches too far.* The model's KL limit is a trust region: it starts at a quarter, doubles after a step that
+    *Do they still?* The slope that the next batch finds along the step just taken tells. Trust is that slope along D at
+    the old point (<P, M> plus the curvature term of the step, less what the old direction contributed), over the slope
+    <D, M> that the batch itself claimed, as a moving average that starts at 1; it stays there without noise. Where it
+    is below ``threshold`` after ``patience`` comparisons, ``noisy`` is back for good.
+
+    *Does the model reach too far?* Its KL limit is a trust region: it starts at a quarter, doubles after a step that
     kept a quarter of its promise, and shrinks after one that did not. A step at whose end the loss rises more steeply
     than it fell at its start is taken back, to the point where the line through both slopes is 0; the region shrinks
     to a quarter of that step's KL, and damping grows.
 
-    *It fits the noise of a small batch.* Trust is the slope along D that the next batch finds at the old point (<P, M>
-    plus the curvature term of the step, less what the old direction contributed), over the slope <D, M> that the batch
-    itself claimed, as a moving average that starts at 1; it stays there without noise. Where trust is below
-    ``threshold`` after ``patience`` comparisons, ``noisy`` takes over for good, starting at the KL of the steps so far.
+    A learning rate is that of ``noisy``; as a multiple of its default it scales the steps of ``precise`` too.
     """
 
     precise: QuadraticModel = QuadraticModel()
-    noisy: AdaptiveKLLimit = AdaptiveKLLimit()
+    noisy: StepSize = LayerLength()
+    agreement: float = 0.8
+    look: int = 10
     threshold: float = 0.7
-    patience: int = 50
-    decay: float = 0.95
+    patience: int = 10
+    decay: float = 0.9
 
     chooses_momentum = True
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
-        if not (0 <= self.threshold <= 1 and self.patience >= 0 and 0 <= self.decay < 1):
-            raise ValueError(f"need 0 <= threshold <= 1, patience >= 0 and 0 <= decay < 1, got {self}")
+        shares = 0 <= self.threshold <= 1 and 0 <= self.agreement <= 1 and 0 <= self.decay < 1
+        if not (shares and self.patience >= 0 and self.look >= 1):
+            need = "0 <= threshold <= 1, 0 <= agreement <= 1, patience >= 0, look >= 1 and 0 <= decay < 1"
+            raise ValueError(f"need {need}, got {self}")
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """That of ``noisy``."""
+        return self.noisy.lr
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         """As ``precise``."""
         return self.precise.needs_inputs
 
+    def _now(self, memory: Memory) -> StepSize:
+        return self.precise if memory.get("precise", 0.0) else self.noisy
+
+    def _looks(self, memory: Memory) -> bool:
+        return not memory.get("precise", 0.0) and memory.get("looked", 0.0) < self.look
+
     def needs_samples(self, memory: Memory) -> bool:
-        """While the quadratic model is in use."""
-        return not memory.get("noisy", 0.0)
+        """As the policy in use."""
+        return self._now(memory).needs_samples(memory)
+
+    def geometry(self, memory: Memory) -> Geometry:
+        """That of the policy in use."""
+        return self._now(memory).geometry(memory)
+
+    def averages(self, memory: Memory) -> float | None:
+        """As the policy in use."""
+        return self._now(memory).averages(memory)
+
+    def unit(self, memory: Memory) -> float:
+        """1 / lr of ``noisy`` for the model, so that its own lr is 1 by default."""
+        return self.precise.lr / self.noisy.lr if memory.get("precise", 0.0) else 1.0
 
     def prepare(self, directions: Directions, damping: float, memory: Memory) -> Directions:
         """As the policy in use."""
-        return directions if memory.get("noisy", 0.0) else self.precise.prepare(directions, damping, memory)
+        return self._now(memory).prepare(directions, damping, memory)
 
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
-        """Those of the policy in use."""
-        return {} if memory.get("noisy", 0.0) else self.precise.products(directions, damping, memory)
+        """Those of the policy in use, and at first what compares gradients."""
+        own = self._now(memory).products(directions, damping, memory)
+        return {**own, **directions.agreement()} if self._looks(memory) and directions.labels is not None else own
 
     def idle(self, memory: Memory) -> Memory:
         """Without the last step: the next one finds nothing to compare it with."""
@@ -74,16 +108,27 @@ class Automatic(StepSize):
 
     def decide(self, now: Situation) -> Decision:
         """By the policy in use."""
-        if now.memory.get("noisy", 0.0):
+        if not now.memory.get("precise", 0.0):
             decided = self.noisy.decide(now)
-            return replace(decided, memory={**decided.memory, "noisy": 1.0})
+            return replace(decided, memory={**decided.memory, **self._looked(now)})
         if now.memory.get("moved", 0.0) * now.read["drift"] < now.memory.get("slope", 0.0) and now.lr > 0:
             return self._taken_back(now)
         memory = self._judged(now)
-        if memory["trust"] < self.threshold and memory["seen"] >= self.patience:
-            return self._handed_over(now, memory)
         decided = replace(self.precise, limit=memory["cap"]).decide(now)
+        if memory["trust"] < self.threshold and memory["seen"] >= self.patience:
+            return replace(decided, memory={"looked": float(self.look)}, restart=True)
         return replace(decided, memory=memory | self._promised(now, decided, memory))
+
+    def _looked(self, now: Situation) -> dict[str, float]:
+        """What is known of the batches after one more comparison."""
+        looked, mean = now.memory.get("looked", 0.0), now.memory.get("agreement", 0.0)
+        known = {"looked": looked, "agreement": mean}
+        if not self._looks(now.memory) or not now.read.get("VV", 0.0) > 0:
+            return known
+        cosine = now.read["MV"] / max(now.read["MM"] * now.read["VV"], 1e-300) ** 0.5
+        looked, mean = looked + 1, mean + (cosine - mean) / (looked + 1)
+        trusted = looked >= self.look and mean > self.agreement
+        return {"looked": looked, "agreement": mean} | ({"precise": 1.0} if trusted else {})
 
     def _taken_back(self, now: Situation) -> Decision:
         """P times mu < 0: from the end of the step, with slope s1 > 0, back to the 0 of the line from s0 < 0 to s1."""
@@ -93,14 +138,6 @@ class Automatic(StepSize):
         memory = {**self.idle(now.memory), "cap": cap, "back": now.memory["back"] + 1}
         slope = -now.lr * mu * now.read["drift"]
         return Decision(0.0, mu, slope, 0.5 * slope, memory, rejected=True)
-
-    def _handed_over(self, now: Situation, memory: Memory) -> Decision:
-        """Along D alone, with the KL that ``noisy`` starts from: its momentum makes that the KL of the steps so far."""
-        limit = 2 * memory["mean_kl"] * (1 - now.momentum) ** 2
-        bend = now.lr**2 * now.read["DFD"]
-        alpha = min((limit / bend) ** 0.5 if bend > 0 else math.inf, max(minimum_along_d(now), 0.0))
-        slope = -now.lr * alpha * now.read["slope"]
-        return Decision(alpha, 0.0, slope, slope + 0.5 * alpha**2 * bend, {"noisy": 1.0, "limit": limit}, restart=True)
 
     @property
     def _largest(self) -> float:
@@ -130,5 +167,4 @@ class Automatic(StepSize):
             "promise": decided.alpha * now.read["slope"],
             "known": decided.mu * now.read["drift"],
             "bend": now.lr * now.form("F", decided.alpha, decided.mu),
-            "mean_kl": average(memory.get("mean_kl", kl), kl, self.decay),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,18 +21,28 @@ if TYPE_CHECKING:
 class LayerLength(StepSize):
     """An average of gradients, then the map, then a length: every layer's step has a root mean square of rms lr.
 
-    V <- momentum V + (1 - momentum) M; D = map(momentum V + (1 - momentum) M) for the map of the ``geometry``; theta <-
-    theta - lr rms D / |D|, |D| the root mean square of the entries of D in the layer.
+    V <- momentum V + (1 - momentum) M; D = map(momentum V + (1 - momentum) M) by the map of ``norm``; theta <- theta -
+    lr alpha rms D / |D|, |D| the root mean square of the entries of D in the layer. Nothing depends on the unit of the
+    loss, and lr, schedules, warm-up and weight decay mean what they do for AdamW and Muon (``rms`` is that of a step
+    of AdamW on noisy gradients; Liu et al., arXiv 2502.16982).
+
+    Without a schedule alpha = (1 + steps / settle)^(-1/2), which lets noise die out and never ends the training;
+    ``settle=None`` for alpha = 1. Steps count here while the learning rate is what it was at first and no torch
+    schedule holds it. Memory: one block a layer. Cost: that of ``norm``, nothing is read.
     """
 
     rms: float = 0.2
     momentum: float = 0.95
     norm: Geometry = Spectral()
-    settle: float | None = None
-    power: float = 0.5
+    settle: float | None = 200.0
 
     chooses_momentum = True
     lr = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse settings outside their range."""
+        if not (0 < self.rms < math.inf and 0 <= self.momentum < 1 and (self.settle is None or self.settle > 0)):
+            raise ValueError(f"need rms > 0, 0 <= momentum < 1 and settle > 0 or None, got {self}")
 
     def geometry(self, memory: Memory) -> Geometry:
         """That of the settings."""
@@ -56,6 +67,6 @@ class LayerLength(StepSize):
 
     def decide(self, now: Situation) -> Decision:
         """alpha = 1, or what is left of it without a schedule."""
-        steps = now.memory.get("settling", 0.0)
-        alpha = 1.0 if self.settle is None or now.scheduled else (1 + steps / self.settle) ** -self.power
-        return Decision(alpha, 0.0, memory={"averaged": 1.0, "settling": steps + 1})
+        settled = now.memory.get("settled", 0.0)
+        alpha = 1.0 if self.settle is None else (1 + settled / self.settle) ** -0.5
+        return Decision(alpha, 0.0, memory={"settled": settled + (not now.scheduled)})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
@@ -26,6 +27,9 @@ class QuadraticModel(StepSize):
     With ``per_layer`` every layer's D is first given the length that minimises the model along it alone, from the same
     samples and without a read: a block-diagonal F misjudges layers by very different factors, above all while
     statistics are young (on the auto-encoders by 1 to 100), and one alpha has to suit the worst of them.
+
+    D^T F D counts at least <D, M>^2 / capacity, so that a step promises at most half the largest entropy of a loss
+    term: samples drawn from a model that is sure of wrong answers show no curvature.
 
     ``limit`` caps the step's predicted KL, delta^T F delta / 2, as a share of the largest entropy that one loss term
     can have (log C nats for C classes, log 2 for each binary output, 1/2 for each normal one; ``None``: no cap):
@@ -83,6 +87,7 @@ class ExactQuadraticModel(QuadraticModel):
 
 def _system(directions: Directions, damping: float, curvature: Tensor) -> Mapping[str, Tensor]:
     DFD, DFP, PFP = curvature.unbind()
+    DFD = torch.maximum(DFD, directions.least_curvature(directions.slope()).to(DFD.dtype))
     DD, DP, PP = directions.gram().unbind()
     damped = {"DBD": DFD + damping * DD, "DBP": DFP + damping * DP, "PBP": PFP + damping * PP}
     return {"DFD": DFD, "DFP": DFP, "PFP": PFP, **damped}
