@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from training import backward, batch, copy_of, network, optimizer_of, same, train, values
 
@@ -22,6 +24,7 @@ from natgrad import (
     ExactQuadraticModel,
     KLLimit,
     LevenbergMarquardt,
+    NaturalGradient,
     QuadraticModel,
     TraceDamping,
 )
@@ -118,7 +121,8 @@ def test_every_layer_has_the_length_that_minimises_the_model_along_it_alone(damp
                 only = {other: D * (other == name) for other, D in seen[0][1].items()}
                 still = {other: P * 0 for other, P in directions.P.items()}
                 one = replace(directions, D=only, P=still)
-                alone.append(one.slope() / (one.exact_curvature()[0] + damping * one.gram()[0]))
+                curvature = torch.maximum(one.exact_curvature()[0], one.slope() ** 2 / math.log(3))
+                alone.append(one.slope() / (curvature + damping * one.gram()[0]))
             seen.append((torch.stack(alone), {}))
             scaled = directions.scaled(seen[0][0])
             afresh = replace(scaled)  # without the responses that were kept
@@ -130,6 +134,23 @@ def test_every_layer_has_the_length_that_minimises_the_model_along_it_alone(damp
     train(model, optimizer, [batch(9)])
     assert_equal(seen[0][0], seen[1][0], 1e-8)
     assert not torch.allclose(seen[0][0][0], seen[0][0][1], rtol=0.05)
+
+
+def test_samples_of_a_model_that_is_sure_of_wrong_answers_do_not_lengthen_the_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.mul_(1e3)
+    x = torch.randn(16, 4)
+    y = model(x).argmin(1)  # the likelihood of every label is 0 to rounding, and so is the Fisher
+    optimizer = NaturalGradient(model, likelihood=Categorical(), step_size=QuadraticModel(limit=None))
+    before = values(model)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    pairs = zip(before, model.parameters(), strict=True)
+    promise = sum(float(((old - p) * p.grad).sum()) for old, p in pairs if p.grad is not None)
+    assert 0 < promise <= math.log(3) + 1e-6  # damping alone would promise 400 nats
 
 
 def test_a_layer_that_does_not_move_keeps_length_zero_and_no_nan_appears() -> None:
@@ -156,7 +177,8 @@ def test_a_layer_that_does_not_move_keeps_length_zero_and_no_nan_appears() -> No
 
 # The trust region and the trust of the automatic policy.
 
-STEP = {"moved": 1.0, "slope": -1.0, "last": 0.04, "cap": 0.05, "back": 0.0, "trust": 1.0, "seen": 60.0, "mean_kl": 0.5}
+STEP = {"moved": 1.0, "slope": -1.0, "last": 0.04, "cap": 0.05, "back": 0.0, "trust": 1.0, "seen": 60.0}
+STEP |= {"precise": 1.0, "looked": 10.0}
 LIKE_D = dict.fromkeys(("DBD", "DFD", "PBP", "PFP"), 1.0) | dict.fromkeys(("DBP", "DFP"), 0.0)
 
 
@@ -181,44 +203,53 @@ def test_a_step_that_ends_less_steeply_than_it_began_is_kept() -> None:
 
 def test_the_trust_region_opens_while_promises_are_kept_and_closes_where_they_are_not() -> None:
     memory = {**STEP, "promise": 1.0, "known": 0.0, "bend": 0.0}
-    for drift, cap, trust in [(0.5, 0.1, 0.975), (0.1, 0.035, 0.955), (-0.5, 0.035, 0.925)]:
+    for drift, cap, trust in [(0.5, 0.1, 0.95), (0.1, 0.035, 0.91), (-0.5, 0.035, 0.85)]:
         read = {"slope": 1.0, "drift": drift, **LIKE_D}
         decided = Automatic(precise=QuadraticModel(limit=1.0)).decide(Situation(read, memory=memory))
         assert decided.memory["cap"] == pytest.approx(cap)
         assert decided.memory["trust"] == pytest.approx(trust)
 
 
-def test_below_the_threshold_of_trust_the_noisy_policy_takes_over_at_the_kl_of_the_steps_so_far() -> None:
+def test_below_the_threshold_of_trust_the_noisy_policy_is_back_for_good() -> None:
     policy = Automatic(threshold=0.9)
-    memory = {**STEP, "trust": 0.5, "promise": 1.0, "known": 0.0, "bend": 0.0}
-    read = {"slope": 1.0, "drift": 0.1, **LIKE_D, "DFD": 4.0}
-    decided = policy.decide(Situation(read, momentum=0.5, memory=memory))
-    assert not policy.decide(Situation(read, momentum=0.5, memory={**memory, "seen": 10.0})).restart
+    memory = {**STEP, "trust": 0.5, "promise": 1.0, "known": 0.0, "bend": 0.0, "settled": 7.0}
+    read = {"slope": 1.0, "drift": 0.1, **LIKE_D}
+    assert not policy.decide(Situation(read, memory={**memory, "seen": 5.0})).restart
+    decided = policy.decide(Situation(read, memory=memory))
     assert decided.restart
-    assert decided.mu == 0.0
-    assert 0.5 * decided.alpha**2 * 4.0 == pytest.approx(0.5 * 2 * 0.5 * 0.5**2)
+    assert decided.memory == {"settled": 7.0, "looked": 10.0}
     assert not policy.needs_samples(decided.memory)
-    assert policy.decide(Situation({"slope": 1.0, "drift": 0.1}, memory=decided.memory)).memory["noisy"] == 1.0
+    agreed = {"slope": 1.0, "drift": 0.1, "MV": 1.0, "MM": 1.0, "VV": 1.0}
+    later = policy.decide(Situation(agreed, memory=decided.memory))
+    assert "precise" not in later.memory
 
 
-def test_the_step_at_the_hand_over_is_never_longer_than_the_minimum_of_the_model() -> None:
-    memory = {**STEP, "trust": 0.1, "promise": 1.0, "known": 0.0, "bend": 0.0}
-    read = {"slope": 1e-4, "drift": 0.0, **LIKE_D, "DBD": 1e-4, "DFD": 1e-9}  # damping is nearly all of the model
-    assert Automatic().decide(Situation(read, memory=memory)).alpha == pytest.approx(1.0)
+@pytest.mark.parametrize(("cosine", "precise"), [(0.9, True), (0.7, False)])
+def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, precise: bool) -> None:
+    policy, memory = Automatic(look=3), {"settled": 0.0}
+    for _ in range(3):
+        assert policy.averages(memory) == 0.95
+        read = {"slope": 1.0, "drift": 0.1, "MV": 6 * cosine, "MM": 4.0, "VV": 9.0}
+        memory = dict(policy.decide(Situation(read, lr=0.01, memory=memory)).memory)
+    assert memory["agreement"] == pytest.approx(cosine)
+    assert policy.needs_samples(memory) is precise
+    assert policy.unit(memory) == pytest.approx(100.0 if precise else 1.0)
+    assert policy.averages(memory) == (None if precise else 0.95)
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.5])
 def test_parameters_return_to_the_zero_of_the_line_through_both_slopes(lr: float) -> None:
     model = network()
-    optimizer = optimizer_of(model, step_size=Automatic(precise=QuadraticModel(limit=None)))
-    train(model, optimizer, [batch(step) for step in range(4)])
+    optimizer = optimizer_of(model, step_size=Automatic(QuadraticModel(limit=None), look=1, agreement=0.0))
+    train(model, optimizer, [batch(0, n=512) for step in range(6)])
+    assert optimizer.param_groups[0]["clock"]["memory"]["precise"] == 1.0
     before = values(model)
-    train(model, optimizer, [batch(4)])
+    train(model, optimizer, [batch(0, n=512)])
     after = values(model)
     clock = optimizer.param_groups[0]["clock"]
     slope, damping = clock["memory"]["slope"], clock["damping"]
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = 0.01 * lr
     backward(model, optimizer, batch(5))
     for p, old, new in zip(model.parameters(), before, after, strict=True):
         p.grad = 1e3 * (new - old)  # uphill is where the step went
@@ -235,15 +266,15 @@ def test_parameters_return_to_the_zero_of_the_line_through_both_slopes(lr: float
 def test_a_step_that_moves_nothing_keeps_the_policy_and_forgets_the_last_step() -> None:
     policy = Automatic()
     kept = policy.idle({**STEP, "promise": 1.0, "known": 0.0, "bend": 0.0})
-    assert set(kept) == {"cap", "trust", "seen", "mean_kl", "back"}
+    assert set(kept) == {"precise", "looked", "cap", "trust", "seen", "back"}
     model = network()
     optimizer = optimizer_of(model, step_size=policy)
     train(model, optimizer, [batch(step) for step in range(3)])
     clock = optimizer.param_groups[0]["clock"]
-    clock["memory"] = {"noisy": 1.0, "limit": 0.5}
+    clock["memory"] = {"settled": 5.0, "looked": 10.0}
     optimizer.zero_grad()
     optimizer.step()
-    assert optimizer.param_groups[0]["clock"]["memory"] == {"noisy": 1.0, "limit": 0.5}
+    assert optimizer.param_groups[0]["clock"]["memory"] == {"settled": 5.0, "looked": 10.0}
 
 
 # What the clock remembers.

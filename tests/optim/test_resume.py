@@ -102,11 +102,13 @@ def test_every_approximation_resumes_bit_for_bit_across_refreshes(case: Case) ->
     assert same(run(batches, BREAKS, approximation=case.make()), (parameters, state))
 
 
-def test_a_resumed_run_remembers_that_the_automatic_policy_gave_up_its_quadratic_model() -> None:
-    batches = [noise(step) for step in range(90)]
+def test_a_resumed_run_remembers_which_policy_the_automatic_one_uses() -> None:
+    batches = [batch(0, n=64) for step in range(16)] + [noise(step) for step in range(30)]
+    parameters, state = run(batches[:18])
+    assert state["param_groups"][0]["clock"]["memory"]["precise"] == 1.0
     parameters, state = run(batches)
-    assert state["param_groups"][0]["clock"]["memory"]["noisy"] == 1.0
-    assert same(run(batches, (15, 88)), (parameters, state))
+    assert "precise" not in state["param_groups"][0]["clock"]["memory"]
+    assert same(run(batches, (5, 14, 25, 45)), (parameters, state))
 
 
 @pytest.mark.parametrize("step_size", [Automatic(), KLLimit()], ids=["automatic", "kl limit"])

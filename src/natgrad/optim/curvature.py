@@ -121,9 +121,7 @@ class LayerCurvature:
         matrix = None if self.matrix is None else self.matrix.to(dtype)
         return replace(self, stats=stats, matrix=matrix, inverse=self.inverse.to(dtype), applied=None)
 
-    def refresh(
-        self, approximation: Approximation, damping: float, name: str, geometry: Geometry = _NATURAL
-    ) -> Self:
+    def refresh(self, approximation: Approximation, damping: float, name: str, geometry: Geometry = _NATURAL) -> Self:
         """A new matrix and inverse; on failure in float64, else the old ones; the third time it raises."""
         previous = self.matrix if self.refreshed else None
         try:

@@ -87,8 +87,7 @@ class Directions:
         The empirical Fisher of the loss terms is at least M M^T, and no term can lose more than its capacity for long.
         Samples of a model that is sure of a wrong answer agree with it, and show no curvature at all.
         """
-        labels = self.labels
-        return slope.square() / (1.0 if labels is None else labels.capacity * labels.scale)
+        return slope.square() / (1.0 if self.labels is None else self.labels.capacity)
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
         """The same with the D of every layer multiplied by a factor of its own."""

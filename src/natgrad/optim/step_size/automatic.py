@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
 
+_OF_MODEL = ("precise", "trust", "seen", "cap", "back")
 _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 
 
@@ -116,7 +117,8 @@ class Automatic(StepSize):
         memory = self._judged(now)
         decided = replace(self.precise, limit=memory["cap"]).decide(now)
         if memory["trust"] < self.threshold and memory["seen"] >= self.patience:
-            return replace(decided, memory={"looked": float(self.look)}, restart=True)
+            kept = {name: value for name, value in self.idle(memory).items() if name not in _OF_MODEL}
+            return replace(decided, memory=kept, restart=True)
         return replace(decided, memory=memory | self._promised(now, decided, memory))
 
     def _looked(self, now: Situation) -> dict[str, float]:
