@@ -52,7 +52,9 @@ def whitening(matrix: Matrix, damping: float) -> LinearMap | None:
     where the spectrum is known. Raises ``FactorisationError``.
     """
     check_damping(damping)
-    if isinstance(matrix, (Kronecker, Spectral)):
+    if isinstance(matrix, Kronecker):
+        return inverse_roots(replace(matrix, rule=Means()), damping)[0]
+    if isinstance(matrix, Spectral):
         return inverse_roots(replace(matrix, rule=Means()), damping)[0]
     if isinstance(matrix, (OneSided, Rows)):
         width = matrix.factor.shape[-2] if isinstance(matrix, OneSided) else matrix.shape[-1]

@@ -343,7 +343,7 @@ class NaturalGradient(torch.optim.Optimizer):
         kept = {name: None if other else self._kept(layer).get("momentum") for name, layer in layers.items()}
         P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
         averages = None if beta is None else {n: torch.lerp(M[n], P[n], beta) for n in M}
-        ahead = M if averages is None else {n: torch.lerp(M[n], averages[n], beta) for n in M}
+        ahead = M if beta is None or averages is None else {n: torch.lerp(M[n], averages[n], beta) for n in M}
         D = self._curvature.precondition(curvature, ahead)
         precision, labels = self._curvature.precision, self._engine.labels
         joint = curvature.joint is not None
