@@ -29,6 +29,10 @@ class Operand:
         """Whether the parameter is."""
         return self.parameter.requires_grad
 
+    def rows(self, start: int, stop: int) -> Operand:
+        """Some entries of the first dimension."""
+        return Operand(self.parameter, self.view.rows(start, stop), self.factor)
+
 
 @dataclass
 class Call:

@@ -7,7 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from natgrad.operations.watch import ALWAYS, RULES, Rule
+Rule = Callable[..., Any]
+"""An operation on weights: called with the watch, the function and its arguments, it returns the function's result."""
+
+RULES: dict[Any, Rule] = {}
+"""The rules by the functions of torch that they are for."""
+
+ALWAYS: set[Rule | None] = set()
+"""Those that are called also where no parameter is involved."""
 
 Known = TypeVar("Known", bound=Rule)
 
