@@ -70,6 +70,11 @@ class Engine:
         self._own: list[tuple[str, int, torch.Size]] = []
         self._watched = self.inventory.watched
         self._operands = whole(self._watched)
+        self._told: list[
+            Any
+        ] = []  # what the calls of the last pass were, and the facts, layers and answers at that time
+        self._facts, self._sorted = self.inventory.facts, self.inventory.layers
+        self._known: list[tuple[Layer, bool] | None] = []
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self.around = out_of_graph(self._around)
         self.attach()
@@ -278,9 +283,13 @@ class Engine:
 
     def _sort(self, record: Record, watch: Watch, reached: set[int]) -> None:
         """Give every call to its layer; those of biases that are in no layer's block to the bias's own."""
-        inventory = self.inventory
-        for call, fact in zip(watch.calls, learn(inventory, watch, reached), strict=True):
-            known = inventory.layer(fact.weight, fact.form)
+        inventory, told = self.inventory, [call.told for call in watch.calls]
+        same = told == self._told and inventory.facts is self._facts
+        learn(inventory, watch, reached, () if same else watch.calls)
+        if not same or inventory.layers is not self._sorted:
+            self._told, self._facts, self._sorted = told, inventory.facts, inventory.layers
+            self._known = [inventory.layer(_place(inventory, call.weight), call.form) for call in watch.calls]
+        for call, known in zip(watch.calls, self._known, strict=True):
             if known is not None:
                 record.add(call, *known)
             if call.bias is not None and call.bias.trained and (known is None or not known[0].biased):
@@ -410,22 +419,22 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
             stack += [following for following, _ in node.next_functions]
 
 
-def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> list[Fact]:
-    """Enter into the inventory what a watch has seen, a fact a call; ``reached`` are the strays that the outputs depend
-    on."""
+def learn(inventory: Inventory, watch: Watch, reached: set[int], calls: Iterable[Call]) -> None:
+    """Enter into the inventory some calls, and all else that a watch has seen; ``reached`` are the strays that the
+    outputs depend on."""
     facts = [
         Fact(
             _place(inventory, call.weight),
             None if call.bias is None else _place(inventory, call.bias),
             call.form,
-            *call.told,
+            call.operation,
+            call.part,
         )
-        for call in watch.calls
+        for call in calls
     ]
     strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
     inventory.transformed |= watch.transformed
     inventory.add(facts, strays)
-    return facts
 
 
 def _place(inventory: Inventory, operand: Operand) -> Place:

@@ -72,7 +72,7 @@ def _pass(
     watch = Watch(whole({x: p for x, p in pairs if id(p) in watched}))
     with torch.enable_grad(), as_written(), _renamed(model, method) as called, watch:
         output = functional_call(called, every, args, kwargs, tie_weights=False)
-    learn(inventory, watch, _reached(watch, output))
+    learn(inventory, watch, _reached(watch, output), watch.calls)
 
 
 def _stand_in(p: nn.Parameter, fake: FakeTensorMode | None) -> Tensor:
