@@ -28,55 +28,51 @@ class Operands:
 
     def __init__(self, known: Mapping[int, Operand], strays: list[Stray]) -> None:
         self.known, self._strays = known, strays
-        self._aliases: dict[int, tuple[Tensor, Operand, int]] = {}
-        self._data: dict[int, Tensor] = {}
+        self._named = set(known)
+        self._others: dict[int, tuple[Tensor, Operand | None, int]] = {}  # copies, with their versions, and data
         self._expanded: dict[int, Tensor] = {}
 
     def among(self, tensors: Iterable[Tensor]) -> bool:
         """Whether one of some tensors is a parameter, or may be a view or a copy of one."""
-        for x in tensors:
-            base = x._base
-            if self._named(x) or (base is not None and self._named(base)):
-                return True
-        return False
-
-    def _named(self, x: Tensor) -> bool:
-        return id(x) in self.known or id(x) in self._aliases
+        named = self._named
+        return any(id(x) in named or id(x._base) in named for x in tensors)
 
     def of(self, x: Any) -> Operand | None:
         """What ``x`` is of a parameter; ``None`` for all else."""
         known = self.known.get(id(x))
         if known is not None:
             return known
-        if isinstance(x, Operand):
-            return x
-        if not isinstance(x, Tensor) or id(x) in self._data:
-            return None
-        alias = self._aliases.get(id(x))
-        if alias is not None:
-            return self._unchanged(*alias)
+        if not isinstance(x, Tensor):
+            return x if isinstance(x, Operand) else None
+        other = self._others.get(id(x))
+        if other is not None:
+            return self._unchanged(*other)
         base = x._base
-        found = None if base is None or not self._named(base) else self.of(base)
-        if found is None or base is None or (found.trained and x.grad_fn is None):
+        if base is None or id(base) not in self._named:
+            return None
+        found = self.of(base)
+        if found is None or (found.trained and x.grad_fn is None):
             return None
         view = found.view.within(x, base)
         return None if view is None else Operand(found.parameter, view, found.factor)
 
-    def _unchanged(self, x: Tensor, operand: Operand, version: int) -> Operand | None:
+    def _unchanged(self, x: Tensor, operand: Operand | None, version: int) -> Operand | None:
         """What a copy stands for, unless it has been changed in place since."""
-        if x._version == version:
+        if operand is None or x._version == version:
             return operand
-        del self._aliases[id(x)]
+        del self._others[id(x)]
+        self._named.discard(id(x))
         self._strays.append((operand.parameter, "a copy that is changed in place", x))
         return None
 
     def alias(self, x: Tensor, of: Operand) -> None:
         """Let ``x`` stand for an operand, until the pass ends."""
-        self._aliases[id(x)] = x, of, x._version
+        self._others[id(x)] = x, of, x._version
+        self._named.add(id(x))
 
     def read(self, x: Tensor) -> None:
         """Let ``x`` be data, though it is a view of a parameter."""
-        self._data[id(x)] = x
+        self._others[id(x)] = x, None, 0
 
     # Parameters that are repeated.
 
@@ -93,7 +89,7 @@ class Operands:
 
     def repeated(self, x: Any) -> bool:
         """Whether ``x`` is a parameter that is repeated."""
-        if not isinstance(x, Tensor) or x._base is None or id(x) in self._data:
+        if not isinstance(x, Tensor) or x._base is None:
             return False
         operand = self.of(x) if id(x) in self._expanded or 0 in x.stride() else None
         return operand is not None and self.repeats(x, operand)

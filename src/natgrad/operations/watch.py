@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.layers.form import Form
@@ -22,7 +20,8 @@ from natgrad.layers.view import View
 from natgrad.operations.call import Call, Operand, Read
 from natgrad.operations.constants import Constants
 from natgrad.operations.operands import Operands, Stray, tensors
-from natgrad.operations.registry import ALWAYS, RULES, Rule
+from natgrad.operations.outputs import edge_of, found_at
+from natgrad.operations.registry import ALWAYS, RULES, Rule, fits
 
 
 class Watch(TorchFunctionMode):
@@ -88,7 +87,7 @@ class Watch(TorchFunctionMode):
         if any(map(self._operands.repeated, given)) and getattr(func, "__name__", "") not in _OF_TENSORS:
             alone = self._operands.alone
             args, kwargs = _map(alone, args), {name: _map(alone, x) for name, x in kwargs.items()}
-        if rule is not None and (not kwargs or _fits(rule, len(args), *kwargs)):
+        if rule is not None and (not kwargs or fits(rule, len(args), *kwargs)):
             return rule(self, func, *args, **kwargs)
         result = func(*args, **kwargs)
         self.other(func, (*args, *kwargs.values()), result)
@@ -177,7 +176,7 @@ class Watch(TorchFunctionMode):
             added = None
             if used is None:
                 return
-        at, read = _at(y, read or _same)
+        at, read = found_at(y, read)
         if x.layout != torch.strided:
             x = x.to_dense()
         shared = self._shared if shared is None else shared
@@ -185,7 +184,7 @@ class Watch(TorchFunctionMode):
             x, version = x.detach().clone(), 0
         version = x._version if version is None else version
         shape = at.shape if added else None
-        edge, known = _edge(at), used or added
+        edge, known = edge_of(at), used or added
         assert known is not None
         call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, shape, first, shared)
         calls = [call] if used else [call.of_bias()]
@@ -311,39 +310,6 @@ def _map(function: Callable[[Any], Any], values: Any) -> Any:
 
 
 @cache
-def _fits(rule: Rule, count: int, *names: str) -> bool:
-    """Whether a rule takes so many arguments, and some by these names."""
-    try:
-        inspect.signature(rule).bind(None, None, *range(count), **dict.fromkeys(names))
-    except TypeError:
-        return False
-    return True
-
-
-def _at(y: Tensor, read: Read) -> tuple[Tensor, Read]:
-    """Where the gradient of an output is found whatever happens to it in place: at y, or if it is a view of another
-    tensor, at that."""
-    base = y._base
-    if base is None or base.grad_fn is None or not base.is_contiguous():
-        return y, read
-    size, stride, offset = y.size(), y.stride(), y.storage_offset() - base.storage_offset()
-
-    def within(g: Tensor) -> Tensor:
-        g = g.contiguous()
-        return read(g.as_strided(size, stride, g.storage_offset() + offset))
-
-    return base, within
-
-
-def _edge(y: Tensor) -> GradientEdge:
-    """``get_gradient_edge``, at once for what an operation of torch has made."""
-    node = y.grad_fn
-    if node is None or isinstance(node, torch._C._FunctionBase):
-        return get_gradient_edge(y)
-    return GradientEdge(node, y.output_nr)
-
-
-@cache
 def _suits(form: Form, weight: View, bias: View) -> bool:
     """Whether a bias has an entry for every output."""
     matrix = form.matrix(torch.empty(weight.size, device="meta"))
@@ -355,7 +321,3 @@ def _memory(x: Any) -> int | None:
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
         return None
     return x.untyped_storage().data_ptr()
-
-
-def _same(y: Tensor) -> Tensor:
-    return y
