@@ -23,11 +23,12 @@ from natgrad.calls import function_of, release_calls, watch_calls
 from natgrad.capture import Examples
 from natgrad.hooks import Quiet, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
-from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
+from natgrad.layers import WIDE, Inventory, Layer
 from natgrad.masks import Mask, checked_mask, existing, masked, masks, weighted
-from natgrad.operations import Call, Operand, Watch, whole
+from natgrad.operations import Call, Watch, whole
 from natgrad.record import Record
 from natgrad.rows import rows_of
+from natgrad.sorting import Sorting
 from natgrad.verification import Verification
 
 
@@ -65,16 +66,11 @@ class Engine:
         self._taps: dict[int, Any] = {}  # of parameters
         self._running = False
         self._once: dict[tuple[int, bool], bool] = {}
-        self._verification = Verification(self.inventory)
+        self._verification, self._sorting = Verification(self.inventory), Sorting(self.inventory)
         self._hooked = False  # whether modules have backward hooks of the user
         self._own: list[tuple[str, int, torch.Size]] = []
         self._watched = self.inventory.watched
         self._operands = whole(self._watched)
-        self._told: list[
-            Any
-        ] = []  # what the calls of the last pass were, and the facts, layers and answers at that time
-        self._facts, self._sorted = self.inventory.facts, self.inventory.layers
-        self._known: list[tuple[Layer, bool] | None] = []
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self.around = out_of_graph(self._around)
         self.attach()
@@ -236,7 +232,7 @@ class Engine:
             record.inputs = args, kwargs
         if self.labels is None:
             self._follow_strays(record, watch)
-        self._sort(record, watch, reached)
+        self._sorting.sort(record, watch, reached)
         self._verification.check(record)
         self._which = Examples(self._which.start + record.examples())
         if not record.calls:
@@ -280,23 +276,6 @@ class Engine:
         used = {id(call.weight.parameter): call.weight.parameter for call in watch.calls}
         for key in used.keys() - self._taps.keys():
             self._taps[key] = used[key].register_post_accumulate_grad_hook(fill)
-
-    def _sort(self, record: Record, watch: Watch, reached: set[int]) -> None:
-        """Give every call to its layer; those of biases that are in no layer's block to the bias's own."""
-        inventory, told = self.inventory, [call.told for call in watch.calls]
-        same = told == self._told and inventory.facts is self._facts
-        learn(inventory, watch, reached, () if same else watch.calls)
-        if not same or inventory.layers is not self._sorted:
-            self._told, self._facts, self._sorted = told, inventory.facts, inventory.layers
-            self._known = [inventory.layer(_place(inventory, call.weight), call.form) for call in watch.calls]
-        for call, known in zip(watch.calls, self._known, strict=True):
-            if known is not None:
-                record.add(call, *known)
-            if call.bias is not None and call.bias.trained and (known is None or not known[0].biased):
-                alone = call.of_bias()
-                own = inventory.layer(_place(inventory, alone.weight), alone.form)
-                if own is not None:
-                    record.add(alone, *own)
 
     def _runs_once(self, outputs: Sequence[Tensor], calls: int) -> bool:
         """Whether the graph has functions of a user, whose backward may not run more than once."""
@@ -417,28 +396,6 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
             known.add(node)
             yield node
             stack += [following for following, _ in node.next_functions]
-
-
-def learn(inventory: Inventory, watch: Watch, reached: set[int], calls: Iterable[Call]) -> None:
-    """Enter into the inventory some calls, and all else that a watch has seen; ``reached`` are the strays that the
-    outputs depend on."""
-    facts = [
-        Fact(
-            _place(inventory, call.weight),
-            None if call.bias is None else _place(inventory, call.bias),
-            call.form,
-            call.operation,
-            call.part,
-        )
-        for call in calls
-    ]
-    strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
-    inventory.transformed |= watch.transformed
-    inventory.add(facts, strays)
-
-
-def _place(inventory: Inventory, operand: Operand) -> Place:
-    return Place(inventory.name(operand.parameter), operand.view)
 
 
 def _close(engine: ref[Engine]) -> None:

@@ -15,10 +15,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from natgrad.engine import learn
 from natgrad.hooks import as_written
 from natgrad.layers import WIDE, Inventory
 from natgrad.operations import Watch, whole
+from natgrad.sorting import learn
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which shouts at what is tried here
 
