@@ -27,11 +27,13 @@ BELOW: dict[str, set[str]] = {
     "rows": {"labels", "operations"},
     "masks": set(),
     "record": {"capture", "layers", "operations", "rows", "sparse"},
+    "sorting": {"layers", "operations", "record"},
     "verification": {"layers", "operations", "record"},
     "engine": {
-        "calls", "capture", "hooks", "labels", "layers", "masks", "operations", "record", "rows", "verification",
+        "calls", "capture", "hooks", "labels", "layers", "masks", "operations", "record", "rows", "sorting",
+        "verification",
     },
-    "look": {"engine", "hooks", "layers", "operations"},
+    "look": {"hooks", "layers", "operations", "sorting"},
     "fisher": {"engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "matrix"},
     "reconstruction": {
         "engine", "rows", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix",

@@ -23,11 +23,12 @@ from natgrad.calls import function_of, release_calls, watch_calls
 from natgrad.capture import Examples
 from natgrad.hooks import Quiet, as_written, out_of_graph, quiet, sending
 from natgrad.labels import Labels
-from natgrad.layers import WIDE, Fact, Inventory, Layer, Place
+from natgrad.layers import WIDE, Inventory, Layer
 from natgrad.masks import Mask, checked_mask, existing, masked, masks, weighted
-from natgrad.operations import Call, Operand, Watch
+from natgrad.operations import Call, Watch, whole
 from natgrad.record import Record
 from natgrad.rows import rows_of
+from natgrad.sorting import Sorting
 from natgrad.verification import Verification
 
 
@@ -62,13 +63,14 @@ class Engine:
         self._records: list[Record] = []  # reached by a backward pass, or needing none
         self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
-        self._taps: list[Any] = []
+        self._taps: dict[int, Any] = {}  # of parameters
         self._running = False
         self._once: dict[tuple[int, bool], bool] = {}
-        self._verification = Verification(self.inventory)
+        self._verification, self._sorting = Verification(self.inventory), Sorting(self.inventory)
         self._hooked = False  # whether modules have backward hooks of the user
-        self._own: list[tuple[str, int]] = []
+        self._own: list[tuple[str, int, torch.Size]] = []
         self._watched = self.inventory.watched
+        self._operands = whole(self._watched)
         self._outside = False  # whether a pass of this step was made outside of a backward pass
         self.around = out_of_graph(self._around)
         self.attach()
@@ -129,9 +131,9 @@ class Engine:
 
     def _forget(self) -> None:
         self._records, self._waiting, self._filled = [], WeakSet(), {}
-        for tap in self._taps:
+        for tap in self._taps.values():
             tap.remove()
-        self._taps = []
+        self._taps = {}
 
     # A pass.
 
@@ -140,36 +142,36 @@ class Engine:
         if self._running or not self._wanted():
             return call(*args, **kwargs)
         self._outside = torch._C._current_graph_task_id() == -1
-        modules = _modules(self._model)
-        self._renew(modules)
         record = Record(which=self._which)
         if self.labels is not None:
             record.random = torch.random.get_rng_state()
         with as_written():
-            leaves = tree_leaves((args, kwargs))
+            modules, leaves = _modules(self._model), _leaves(*args, *kwargs.values())
+            self._renew(modules)
             fragile = () if self._lasting else leaves
-            watch = Watch(self._watched, self._noting(record), fragile, self._constants(modules))
+            watch = Watch(self._operands, self._noting(record), fragile, self._constants(modules))
             self._running = True
             try:
                 with quiet(modules) as self._hooked, watch:
                     output = call(*args, **kwargs)
                 if watch.calls or watch.strays:
-                    self._finish(record, watch, call, args, kwargs, output)
+                    self._finish(record, watch, call, args, kwargs, leaves, output)
             finally:
                 self._running = False
         return output
 
     def _constants(self, modules: Iterable[nn.Module]) -> list[Tensor]:
-        return [b for m in modules for b in m._buffers.values() if b is not None] + list(
-            self.inventory.parameters.values()
-        )
+        """What no example changes, beside the parameters that are watched."""
+        others = [p for p in self.inventory.parameters.values() if id(p) not in self._operands]
+        return others + [b for m in modules for b in m._buffers.values() if b is not None]
 
     def _renew(self, modules: Iterable[nn.Module]) -> None:
         """Read the parameters of the model anew if they are others."""
-        own = [(name, id(p)) for m in modules for name, p in m._parameters.items() if p is not None]
+        own = [(name, id(p), p.shape) for m in modules for name, p in m._parameters.items() if p is not None]
         if own != self._own:
             self.inventory.refresh()
             self._own, self._watched = own, self.inventory.watched
+            self._operands = whole(self._watched)
 
     def _wanted(self) -> bool:
         """Whether a pass that begins is one to record."""
@@ -203,12 +205,12 @@ class Engine:
         call: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        leaves: list[Any],
         output: Any,
     ) -> None:
         """Make a record of what was seen in a pass."""
         record.mask = existing(function_of(call, self._model), self._mask, args, kwargs)
         reached: set[int] = set()
-        leaves = tree_leaves((args, kwargs))
         nodes = [one.edge.node for one in watch.calls if one.edge is not None]
         if self.labels is None:
             record.rows = rows_of(self._batch_dim, leaves, None, watch)
@@ -224,18 +226,18 @@ class Engine:
                 partial(self._again, record, call, args, kwargs) if self._runs_once(outputs, len(watch.calls)) else None
             )
             reached = self._send_back(record, watch, selected, self.labels, again)
-            self._await(record, nodes, outputs, tree_leaves(output))
+            self._await(record, nodes, outputs, _leaves(output))
         record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
             record.inputs = args, kwargs
         if self.labels is None:
             self._follow_strays(record, watch)
-        self._sort(record, watch, reached)
+        self._sorting.sort(record, watch, reached)
         self._verification.check(record)
         self._which = Examples(self._which.start + record.examples())
         if not record.calls:
             return
-        self._tap()
+        self._tap(watch)
         (self._records.append if self._lasting else self._waiting.add)(record)
 
     def _await(self, record: Record, nodes: Sequence[Any], outputs: Sequence[Tensor], returned: Sequence[Any]) -> None:
@@ -261,10 +263,8 @@ class Engine:
     def _alive(self, record: Record, gradient: Tensor) -> None:
         record.tasks.add(torch._C._current_graph_task_id())
 
-    def _tap(self) -> None:
-        """Note which backward passes fill gradients."""
-        if self._taps:
-            return
+    def _tap(self, watch: Watch) -> None:
+        """Note which backward passes fill the gradients of what was used."""
 
         def fill(p: Tensor) -> None:
             task = torch._C._current_graph_task_id()
@@ -273,21 +273,9 @@ class Engine:
                 self._waiting.discard(record)
                 self._records.append(record)
 
-        self._taps = [p.register_post_accumulate_grad_hook(fill) for p in self._watched if p.requires_grad]
-
-    def _sort(self, record: Record, watch: Watch, reached: set[int]) -> None:
-        """Give every call to its layer; those of biases that are in no layer's block to the bias's own."""
-        inventory = self.inventory
-        learn(inventory, watch, reached)
-        for call in watch.calls:
-            known = inventory.layer(_place(inventory, call.weight), call.form)
-            if known is not None:
-                record.add(call, *known)
-            if call.bias is not None and call.bias.trained and (known is None or not known[0].biased):
-                alone = call.of_bias()
-                own = inventory.layer(_place(inventory, alone.weight), alone.form)
-                if own is not None:
-                    record.add(alone, *own)
+        used = {id(call.weight.parameter): call.weight.parameter for call in watch.calls}
+        for key in used.keys() - self._taps.keys():
+            self._taps[key] = used[key].register_post_accumulate_grad_hook(fill)
 
     def _runs_once(self, outputs: Sequence[Tensor], calls: int) -> bool:
         """Whether the graph has functions of a user, whose backward may not run more than once."""
@@ -305,7 +293,7 @@ class Engine:
         buffers = [(b, b._version, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
         with torch.random.fork_rng():
             torch.random.set_rng_state(record.random)
-            with quiet(modules), Watch(self._watched, constants=self._constants(modules)) as watch:
+            with quiet(modules), Watch(self._operands, constants=self._constants(modules)) as watch:
                 selected = self.labels.select(call(*args, **kwargs))
         with torch.no_grad():
             for buffer, version, before in buffers:
@@ -342,7 +330,9 @@ class Engine:
         ):  # of the loss, which a user may write
             told, labels.targets = labels.targets, rows.targets(labels.targets, plain[0])
             record.terms = weighted(rows.by_example(labels.terms(whole)), record.mask, whole)
-            mixed = rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
+            mixed = labels.estimator == "exact" and (
+                rows.each > 1 or not all(rows.matches(call.sizes) and not call.shared for call in watch.calls)
+            )
             held = self._verification.asked(watch, self._watched, self._model.training)
             for seed in rows.seeds(labels, whole, mixed):
                 seeds = seed if isinstance(seed, tuple) else (rows.turned(seed),)
@@ -377,6 +367,11 @@ def _cut(gradients: Sequence[Any], first: int, second: int) -> tuple[Sequence[An
     return gradients[:first], gradients[first : first + second], gradients[first + second :]
 
 
+def _leaves(*values: Any) -> list[Any]:
+    """The leaves of nested values."""
+    return [leaf for x in values for leaf in ((x,) if isinstance(x, Tensor) else tree_leaves(x))]
+
+
 def _modules(model: nn.Module) -> list[nn.Module]:
     """All modules of a model, once."""
     found, stack = {id(model): model}, [model]
@@ -401,26 +396,6 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
             known.add(node)
             yield node
             stack += [following for following, _ in node.next_functions]
-
-
-def learn(inventory: Inventory, watch: Watch, reached: set[int]) -> None:
-    """Enter into the inventory what a watch has seen; ``reached`` are the strays that the outputs depend on."""
-    facts = [
-        Fact(
-            _place(inventory, call.weight),
-            None if call.bias is None else _place(inventory, call.bias),
-            call.form,
-            *call.told,
-        )
-        for call in watch.calls
-    ]
-    strays = [(inventory.name(p), what, k in reached) for k, (p, what, _) in enumerate(watch.strays)]
-    inventory.transformed |= watch.transformed
-    inventory.add(facts, strays)
-
-
-def _place(inventory: Inventory, operand: Operand) -> Place:
-    return Place(inventory.name(operand.parameter), operand.view)
 
 
 def _close(engine: ref[Engine]) -> None:

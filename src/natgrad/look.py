@@ -15,10 +15,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from natgrad.engine import learn
 from natgrad.hooks import as_written
 from natgrad.layers import WIDE, Inventory
-from natgrad.operations import Watch
+from natgrad.operations import Watch, whole
+from natgrad.sorting import learn
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which shouts at what is tried here
 
@@ -68,12 +68,11 @@ def _pass(
                     places[id(x)] = x.clone() if fake is None else _faked(fake, x)
                 every[prefix + name] = places[id(x)]
     watched = {id(p) for p in inventory.watched}
-    watch = Watch(
-        {x: inventory.parameters[name] for name, x in stand.items() if id(inventory.parameters[name]) in watched}
-    )
+    pairs = ((x, inventory.parameters[name]) for name, x in stand.items())
+    watch = Watch(whole({x: p for x, p in pairs if id(p) in watched}))
     with torch.enable_grad(), as_written(), _renamed(model, method) as called, watch:
         output = functional_call(called, every, args, kwargs, tie_weights=False)
-    learn(inventory, watch, _reached(watch, output))
+    learn(inventory, watch, _reached(watch, output), watch.calls)
 
 
 def _stand_in(p: nn.Parameter, fake: FakeTensorMode | None) -> Tensor:

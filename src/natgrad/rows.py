@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from natgrad.labels import Labels
 from natgrad.operations import Watch
 
 
-@dataclass(frozen=True)
-class Arrangement:
+class Arrangement(NamedTuple):
     """Positions (..., a N b, ...) of N examples at dimension ``dim``, as (N, ...); ``shared`` ones as (1, ...)."""
 
     sizes: torch.Size
@@ -65,10 +64,12 @@ class Rows:
             return Arrangement(sizes, shared=True)
         if n is None or not sizes:
             return Arrangement(sizes)
-        order = [0] if first else [self.dim, *(d for d in range(len(sizes)) if d != self.dim)]
-        exact = [d for d in order if d < len(sizes) and sizes[d] == n]
+        preferred = 0 if first else self.dim
+        if preferred < len(sizes) and sizes[preferred] == n:
+            return Arrangement(sizes, preferred)
+        exact = [] if first else [d for d in range(len(sizes)) if sizes[d] == n]
         several = sizes[0] > n > 0 and sizes[0] % n == 0
-        if exact and (exact[0] == self.dim or len(exact) == 1 or not several):
+        if exact and (len(exact) == 1 or not several):
             return Arrangement(sizes, exact[0])
         if several:
             times = sizes[0] // n
@@ -158,6 +159,8 @@ def _turned(tensors: Sequence[Tensor], rows: int | None) -> bool:
 
 def _known(tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, watch: Watch) -> tuple[int, int] | None:
     """The number of examples that operations know of, and their dimension, if all agree and inputs and outputs do."""
+    if not watch.batches:
+        return None
     sizes = {size for x in tensors for size in (x.shape[:2] if not x.is_nested else [x.size(0)])}
     pairs = [pair for pair in dict.fromkeys(watch.batches) if pair[0] in sizes]
     if len({n for n, _ in pairs}) != 1:

@@ -23,7 +23,7 @@ from natgrad.fngd.coefficients import Examples
 from natgrad.fngd.gradients import weighted_bias, weighted_operand
 from natgrad.hooks import as_written, out_of_graph
 from natgrad.layers import Form, Layer
-from natgrad.operations import Watch
+from natgrad.operations import Operand, Watch, whole
 from natgrad.operations.call import Read
 from natgrad.rows import Rows, rows_of
 
@@ -172,15 +172,15 @@ class Weigher(Watch):
     ``which``: the examples; ``rows``: where they are, which is known when the pass is over.
     """
 
-    def __init__(self, plan: Plan, which: Examples) -> None:
-        super().__init__(plan.watched())
+    def __init__(self, plan: Plan, which: Examples, known: Mapping[int, Operand] | None = None) -> None:
+        super().__init__(whole(plan.watched()) if known is None else known)
         self.plan, self.which, self.rows = plan, which, Rows()
         self._layers = plan.names()
 
     def again(self) -> Weigher:
         """One that has a pass which is repeated compute what it did."""
-        twin = Weigher(Plan(), self.which)
-        twin._operands, twin._layers, twin._silent = self._operands, self._layers, True
+        twin = Weigher(Plan(), self.which, self._operands.known)
+        twin._layers, twin._silent = self._layers, True
         return twin
 
     def product(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -47,28 +47,12 @@ class View:
 
     def within(self, operand: Tensor, base: Tensor) -> View | None:
         """The view that ``operand`` is, a view of ``base``, which stands for this view; ``None`` if there is none."""
-        rest = int(operand.storage_offset()) - int(base.storage_offset())
-        steps = [self._step(base, *pair) for pair in zip(operand.shape, operand.stride(), strict=True)]
-        stride = [step for step in steps if step is not None]
-        if len(stride) < len(steps):
-            return None
-        offset = self.offset
-        for d in sorted(range(base.ndim), key=lambda d: base.stride()[d], reverse=True):
-            if base.stride(d) and base.shape[d] > 1:
-                index, rest = divmod(rest, base.stride(d))
-                offset += index * self.stride[d]
-        size = tuple(operand.shape)
-        return None if rest else View(size, _normal(size, tuple(stride)), offset)
+        start = int(operand.storage_offset()) - int(base.storage_offset())
+        return _within(self, View(tuple(base.shape), base.stride()), tuple(operand.shape), operand.stride(), start)
 
-    def _step(self, base: Tensor, size: int, step: int) -> int | None:
-        """What a step in the memory of ``base``, taken ``size`` times, is in that of the parameter."""
-        if size == 1 or step == 0 or _normal(tuple(base.shape), base.stride()) == self.stride:
-            return step
-        for d in range(base.ndim):
-            times = step // base.stride(d) if base.stride(d) else 0
-            if times and times * base.stride(d) == step and times * (size - 1) < base.shape[d]:
-                return times * self.stride[d]
-        return None
+    def rows(self, start: int, stop: int) -> View:
+        """Some entries of the first dimension."""
+        return _rows(self, start, stop)
 
     @property
     def entries(self) -> int:
@@ -89,6 +73,38 @@ class View:
     def reach(self) -> tuple[int, int]:
         """The first and the last entry in memory."""
         return self.offset, self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+
+
+@lru_cache(4096)
+def _within(whole: View, base: View, size: tuple[int, ...], stride: tuple[int, ...], rest: int) -> View | None:
+    """The view of the parameter that is one of ``base``, at ``rest`` in its memory; base stands for ``whole``."""
+    steps = [_step(whole, base, *pair) for pair in zip(size, stride, strict=True)]
+    found = tuple(step for step in steps if step is not None)
+    if len(found) < len(steps):
+        return None
+    offset = whole.offset
+    for d in sorted(range(len(base.size)), key=lambda d: base.stride[d], reverse=True):
+        if base.stride[d] and base.size[d] > 1:
+            index, rest = divmod(rest, base.stride[d])
+            offset += index * whole.stride[d]
+    return None if rest else View(size, _normal(size, found), offset)
+
+
+@lru_cache(4096)
+def _rows(whole: View, start: int, stop: int) -> View:
+    size = stop - start, *whole.size[1:]
+    return View(size, _normal(size, whole.stride), whole.offset + start * whole.stride[0])
+
+
+def _step(whole: View, base: View, size: int, step: int) -> int | None:
+    """What a step in the memory of ``base``, taken ``size`` times, is in that of the parameter."""
+    if size == 1 or step == 0 or _normal(base.size, base.stride) == whole.stride:
+        return step
+    for d in range(len(base.size)):
+        times = step // base.stride[d] if base.stride[d] else 0
+        if times and times * base.stride[d] == step and times * (size - 1) < base.size[d]:
+            return times * whole.stride[d]
+    return None
 
 
 def _normal(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 from natgrad.operations import attention, convolutions, elementwise, jets, lookups, products, recurrent, user_hooks
 from natgrad.operations.call import Call, Operand
-from natgrad.operations.registry import rule, spelled
-from natgrad.operations.watch import RULES, Rule, Watch, stand_for, unseen
+from natgrad.operations.operands import whole
+from natgrad.operations.registry import RULES, Rule, rule, spelled
+from natgrad.operations.watch import Watch, stand_for, unseen
 
 __all__ = [
     "RULES",
@@ -23,4 +24,5 @@ __all__ = [
     "spelled",
     "stand_for",
     "unseen",
+    "whole",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -16,13 +15,27 @@ from natgrad.operations.watch import Watch
 
 
 @rule(F.multi_head_attention_forward)
-def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+def attention(
+    watch: Watch,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    *more: Any,
+    **kwargs: Any,
+) -> Any:
     """torch's own code, with products that are seen; they are of (l, n, E) or (l n, E).
 
     A packed projection is one product, read as those of q, k and v.
     """
-    query = watch.data(query)
-    args = tuple(watch.data(x) for x in args)
+    query, key, value, bias_k, bias_v = map(watch.data, (query, key, value, bias_k, bias_v))
+    weight, bias, *rest = map(watch.data, (in_proj_weight, in_proj_bias, *more))
     kwargs = {name: watch.data(x) for name, x in kwargs.items()}
     n = query.shape[1] if query.ndim == 3 else 1
     if query.ndim == 3:
@@ -31,22 +44,21 @@ def attention(watch: Watch, func: Any, query: Tensor, *args: Any, **kwargs: Any)
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         y = F.linear(x, w, b)
-        whole = watch.operand(w)
+        whole, added, inputs = watch.operand(w), watch.operand(b), _first(x.detach(), n)
         if whole is None or whole.view.size[0] == whole.parameter.shape[0] == width:
-            watch.saw(LINEAR, w, b, _first(x, n), y, lambda g: _first(g, n), first=True)
+            watch.saw(LINEAR, whole, added, inputs, y, lambda g: _first(g, n), first=True)
             return y
         for k in range(len(w) // width):
-            rows = slice(k * width, (k + 1) * width)
+            rows = k * width, (k + 1) * width
             start = whole.view.offset // (width * w.shape[1])
-            read = _rows(n, rows)
-            bias = None if b is None else b[rows]
-            watch.saw(LINEAR, w[rows], bias, _first(x, n), y, read, part="qkv"[start + k], first=True)
+            part = added and added.rows(*rows)
+            watch.saw(LINEAR, whole.rows(*rows), part, inputs, y, _rows(n, *rows), part="qkv"[start + k], first=True)
         return y
 
-    y = _with(linear, F.multi_head_attention_forward)(query, *args, **kwargs)
-    given = inspect.signature(func).bind(query, *args, **kwargs).arguments
-    for name in ("query", "key", "value", "bias_k", "bias_v"):
-        watch.stray(given.get(name), f"{func.__name__} as {name}", y[0])
+    args = query, key, value, embed_dim_to_check, num_heads, weight, bias, bias_k, bias_v, *rest
+    y = _with(linear, F.multi_head_attention_forward)(*args, **kwargs)
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias_k", bias_k), ("bias_v", bias_v)):
+        watch.stray(x, f"{func.__name__} as {name}", y[0])
     return y
 
 
@@ -55,8 +67,8 @@ def _first(x: Tensor, n: int) -> Tensor:
     return x.reshape(-1, n, x.shape[-1]).transpose(0, 1)
 
 
-def _rows(n: int, rows: slice) -> Callable[[Tensor], Tensor]:
-    return lambda g: _first(g[..., rows], n)
+def _rows(n: int, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    return lambda g: _first(g[..., start:stop], n)
 
 
 def _with(linear: Callable[..., Tensor], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class Operand:
     def trained(self) -> bool:
         """Whether the parameter is."""
         return self.parameter.requires_grad
+
+    def rows(self, start: int, stop: int) -> Operand:
+        """Some entries of the first dimension."""
+        return Operand(self.parameter, self.view.rows(start, stop), self.factor)
 
 
 @dataclass
@@ -57,9 +62,10 @@ class Call:
     gradients: list[Tensor | None] = field(default_factory=list)
 
     @property
-    def told(self) -> tuple[str, str]:
-        """The name of the operation, and which part of its weight this is."""
-        return self.operation, self.part
+    def told(self) -> tuple[Any, ...]:
+        """What the layers follow from."""
+        bias = self.bias and (id(self.bias.parameter), self.bias.view)
+        return id(self.weight.parameter), self.weight.view, bias, self.form, self.operation, self.part
 
     @property
     def sizes(self) -> torch.Size:

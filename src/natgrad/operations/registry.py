@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
-from natgrad.operations.watch import ALWAYS, RULES, Rule
+Rule = Callable[..., Any]
+"""An operation on weights: called with the watch, the function and its arguments, it returns the function's result."""
+
+RULES: dict[Any, Rule] = {}
+"""The rules by the functions of torch that they are for."""
+
+ALWAYS: set[Rule | None] = set()
+"""Those that are called also where no parameter is involved."""
 
 Known = TypeVar("Known", bound=Rule)
 
@@ -39,3 +48,13 @@ def spelled(*names: str) -> list[Any]:
     """The functions of these names in ``torch``, and the methods of its tensors."""
     places = (torch, torch.Tensor)
     return list({getattr(place, name) for name in names for place in places if hasattr(place, name)})
+
+
+@cache
+def fits(rule: Rule, count: int, *names: str) -> bool:
+    """Whether a rule takes so many arguments, and some by these names."""
+    try:
+        inspect.signature(rule).bind(None, None, *range(count), **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.layers.form import Form
@@ -20,22 +18,17 @@ from natgrad.layers.lookup import Lookup
 from natgrad.layers.product import ADDED
 from natgrad.layers.view import View
 from natgrad.operations.call import Call, Operand, Read
-
-Rule = Callable[..., Any]
-"""An operation on weights: called with the watch, the function and its arguments, it returns the function's result."""
-
-RULES: dict[Any, Rule] = {}
-"""The rules by the functions of torch that they are for."""
-
-ALWAYS: set[Rule | None] = set()
-"""Those that are called also where no parameter is involved."""
+from natgrad.operations.constants import Constants
+from natgrad.operations.operands import Operands, Stray, tensors
+from natgrad.operations.outputs import edge_of, found_at
+from natgrad.operations.registry import ALWAYS, RULES, Rule, fits
 
 
 class Watch(TorchFunctionMode):
-    """While active, sees the operations that take one of ``parameters``, or a view, cast or multiple of one.
+    """While active, sees the operations that take a parameter that is ``known``, or a view, cast or multiple of one.
 
-    ``parameters`` may map tensors that stand for them, such as fake ones, to parameters. Of ``inputs``, which a user
-    may overwrite, copies are kept.
+    Of ``inputs``, which a user may overwrite, copies are kept. ``constants`` do not depend on the examples, nor do the
+    parameters.
 
     ``calls`` are the uses that a rule has read; ``strays`` the outputs of other operations, with the parameter and the
     name of the operation. Nothing is computed otherwise than torch would, but for recurrences, whose fused kernels
@@ -44,154 +37,83 @@ class Watch(TorchFunctionMode):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter] | Mapping[Tensor, nn.Parameter],
+        known: Mapping[int, Operand],
         noted: Callable[[Call, Tensor], None] | None = None,
         inputs: Iterable[Any] = (),
         constants: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
-        self._constants = {id(x): (x, x._version) for x in constants}
-        self._shared = False  # whether the operation that a rule reads has no input that depends on the examples
-        self._noted = noted
-        self._fragile = {memory for x in inputs if (memory := _memory(x)) is not None}
         self.calls: list[Call] = []
         self.computed: set[int] = set()  # parameters that computed tensors stand for
         self.retained: list[Tensor] = []  # of which a user wants the gradient
-        self.strays: list[tuple[nn.Parameter, str, Tensor | None]] = []
+        self.strays: list[Stray] = []
         self.batches: list[tuple[int, int]] = []  # numbers of examples that operations know of, and their dimension
-        pairs = parameters.items() if isinstance(parameters, Mapping) else ((p, p) for p in parameters)
         self.transformed = False  # whether a transform of torch.func was at work, where nothing is seen
         self.orders: dict[
             int, tuple[Tensor, Tensor]
         ] = {}  # of packed sequences, by their sizes: which examples they are
         self.selected: tuple[Tensor, Tensor] | None = None  # the last tensor of which rows were selected, and which
-        self._operands = {id(x): Operand(p, View.whole(p)) for x, p in pairs}
-        self._aliases: dict[int, tuple[Tensor, Operand, int]] = {}
-        self._data: dict[int, Tensor] = {}
-        self._expanded: dict[int, Tensor] = {}
-        self._silent = False
+        self._noted, self._silent = noted, False
+        self._fragile = {memory for x in inputs if (memory := _memory(x)) is not None}
+        self._constants, self._shared = Constants(constants, known), False
+        self._operands = operands = Operands(known, self.strays)
+        self.operand, self.alias, self.expanded = operands.of, operands.alias, operands.expanded  # for rules
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """``func``, by its rule where it has one."""
         kwargs = kwargs or {}
+        if func in _ASKED:
+            return func(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             self.transformed = True
             return func(*args, **kwargs)
-        given, rule = [*_tensors(args), *_tensors(kwargs.values())], RULES.get(func)
-        constant = all(map(self._is_constant, given))
-        if not torch.is_grad_enabled() or not (rule in ALWAYS or any(map(self._knows, given))):
-            result = func(*args, **kwargs)
-            if constant:
-                self._follow(func, given, result)
-            return result
-        if getattr(func, "__name__", "") not in _OF_TENSORS:
-            args, kwargs = _map(self._alone, args), {name: _map(self._alone, x) for name, x in kwargs.items()}
-        if rule is not None and _fits(rule, args, kwargs):
+        given, rule = tensors((*args, *kwargs.values())), RULES.get(func)
+        constant = self._constants.hold(given)
+        if (rule in ALWAYS or self._operands.among(given)) and torch.is_grad_enabled():
             self._shared = constant
-            result = rule(self, func, *args, **kwargs)
+            result = self._ruled(rule, func, given, args, kwargs)
         else:
             result = func(*args, **kwargs)
-            self.other(func, (*args, *kwargs.values()), result)
         if constant:
-            self._follow(func, given, result)
+            self._constants.follow(func, given, tensors((result,)))
         return result
 
-    def _knows(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter, or may be a view or a copy of one."""
-        if self._named(x):
-            return True
-        base = x._base
-        return base is not None and self._named(base)
-
-    def _named(self, x: Tensor) -> bool:
-        return id(x) in self._operands or id(x) in self._aliases or id(x) in self._expanded
-
-    def _is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor is known not to depend on the examples."""
-        version = self._constants.get(id(x), (None, -1))[1]
-        return version == x._version or id(x) in self._operands
-
-    def _follow(self, func: Any, given: list[Tensor], result: Any) -> None:
-        """What is computed from constants is one, and so is what is made of numbers, such as positions; but not what
-        repeats one, for every example."""
-        name = getattr(func, "__name__", "")
-        if name not in _REPEATED if given else name in _MADE:
-            self._constants.update((id(y), (y, y._version)) for y in _tensors((result,)))
+    def _ruled(
+        self, rule: Rule | None, func: Any, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What an operation on parameters returns, by its rule where it has one that takes these arguments."""
+        if any(map(self._operands.repeated, given)) and getattr(func, "__name__", "") not in _OF_TENSORS:
+            alone = self._operands.alone
+            args, kwargs = _map(alone, args), {name: _map(alone, x) for name, x in kwargs.items()}
+        if rule is not None and (not kwargs or fits(rule, len(args), *kwargs)):
+            return rule(self, func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        self.other(func, (*args, *kwargs.values()), result)
+        return result
 
     # What rules call.
 
-    def operand(self, x: Any) -> Operand | None:
-        """What ``x`` is of a parameter; ``None`` for all else."""
-        if isinstance(x, Operand):
-            return x
-        if not isinstance(x, Tensor) or id(x) in self._data:
-            return None
-        known = self._operands.get(id(x))
-        if known is not None:
-            return known
-        alias = self._aliases.get(id(x))
-        if alias is not None:
-            return self._unchanged(*alias)
-        base = x._base
-        found = None if base is None or not self._named(base) else self.operand(base)
-        if found is None or base is None or (found.trained and x.grad_fn is None):
-            return None
-        view = found.view.within(x, base)
-        return None if view is None else Operand(found.parameter, view, found.factor)
-
-    def _unchanged(self, x: Tensor, operand: Operand, version: int) -> Operand | None:
-        """What a copy stands for, unless it has been changed in place since."""
-        if x._version == version:
-            return operand
-        del self._aliases[id(x)]
-        self.strays.append((operand.parameter, "a copy that is changed in place", x))
-        return None
-
     def constant(self, x: Any) -> bool:
         """Whether ``x`` is known not to depend on the examples."""
-        return not isinstance(x, Tensor) or self._is_constant(x)
+        return not isinstance(x, Tensor) or self._constants.hold((x,))
 
     def data(self, x: Any, only: bool = False) -> Any:
         """What an operation reads as data: ``x``; a parameter that is repeated there, or ``only`` that of one example,
         is a use in itself."""
         operand = self.operand(x)
-        if operand is None or not (self._repeats(x, operand) or only):
+        if operand is None or not (only or self._operands.repeats(x, operand)):
             return x
         read = x.view_as(x)
         if self.added(x, read, "expand", data=True):
-            self._data[id(read)] = read
+            self._operands.read(read)
         return read
-
-    def _alone(self, x: Any) -> Any:
-        """A repeated parameter as a view of its own for every operation that reads it, which tells their gradients
-        apart."""
-        if not isinstance(x, Tensor) or x._base is None or id(x) in self._data:
-            return x
-        asked = id(x) in self._expanded
-        operand = self.operand(x) if asked or 0 in x.stride() else None
-        if operand is None or not self._repeats(x, operand):
-            return x
-        alone = x.view_as(x)
-        if asked:
-            self.expanded(alone)
-        return alone
-
-    def expanded(self, x: Tensor) -> None:
-        """Let a parameter that was expanded to a batch of one example count as repeated."""
-        self._expanded[id(x)] = x
-
-    def _repeats(self, x: Any, operand: Operand) -> bool:
-        view = operand.view
-        return id(x) in self._expanded or any(
-            n > 1 and not step for n, step in zip(view.size, view.stride, strict=True)
-        )
 
     def again(self) -> Watch:
         """A watch of the same parameters that notes nothing: it has a pass that is repeated compute what it did."""
-        watch = Watch(())
-        watch._operands, watch._silent = self._operands, True
+        watch = Watch(self._operands.known)
+        watch._silent = True
         return watch
 
     def __enter__(self) -> Watch:
@@ -254,7 +176,7 @@ class Watch(TorchFunctionMode):
             added = None
             if used is None:
                 return
-        at, read = _at(y, read or _same)
+        at, read = found_at(y, read)
         if x.layout != torch.strided:
             x = x.to_dense()
         shared = self._shared if shared is None else shared
@@ -262,7 +184,7 @@ class Watch(TorchFunctionMode):
             x, version = x.detach().clone(), 0
         version = x._version if version is None else version
         shape = at.shape if added else None
-        edge, known = get_gradient_edge(at), used or added
+        edge, known = edge_of(at), used or added
         assert known is not None
         call = Call(known, added, form, operation, x.detach(), read, edge, version, part, kept, shape, first, shared)
         calls = [call] if used else [call.of_bias()]
@@ -272,10 +194,6 @@ class Watch(TorchFunctionMode):
             self.calls.append(call)
             if self._noted is not None:
                 self._noted(call, at)
-
-    def alias(self, x: Tensor, of: Operand) -> None:
-        """Let ``x`` stand for an operand, until the pass ends."""
-        self._aliases[id(x)] = x, of, x._version
 
     def stray(self, x: Any, operation: str, output: Any = None) -> None:
         """Note that a parameter is used in a way that no rule reads."""
@@ -287,7 +205,7 @@ class Watch(TorchFunctionMode):
     def unread(self, func: Any, *args: Any, name: str = "") -> Any:
         """What ``func`` returns, a use of parameters that no rule reads."""
         y = func(*args)
-        for x in _tensors(args):
+        for x in tensors(args):
             self.stray(x, name or getattr(func, "__name__", str(func)), y)
         return y
 
@@ -295,15 +213,15 @@ class Watch(TorchFunctionMode):
 
     def other(self, func: Any, args: Iterable[Any], result: Any) -> None:
         """Follow what an operation without a rule does with parameters: views, casts, or a use that nothing reads."""
-        found = [(x, operand) for x in _tensors(args) if (operand := self.operand(x)) is not None]
+        found = [(x, operand) for x in tensors(args) if (operand := self.operand(x)) is not None]
         if not found:
             return
         name = getattr(func, "__name__", str(func))
-        for y in _tensors((result,)):
+        for y in tensors((result,)):
             if not y.requires_grad or self.operand(y) is not None:
                 continue
             x, operand = found[0]
-            if name in _COPIES and y.shape == x.shape and x is next(_tensors(args)):
+            if name in _COPIES and y.shape == x.shape and x is tensors(args)[0]:
                 self.alias(y, operand)
                 continue
             for x, operand in found:
@@ -312,7 +230,7 @@ class Watch(TorchFunctionMode):
 
     def _repeated(self, x: Tensor, operand: Operand) -> bool:
         """Whether x is a parameter that an example has one of each: it is then a use in itself, added to nothing."""
-        return self._repeats(x, operand) and self.added(x, x, "expand", data=True)
+        return self._operands.repeats(x, operand) and self.added(x, x, "expand", data=True)
 
     def added(self, x: Any, y: Tensor, operation: str, sign: float = 1.0, data: bool = False) -> bool:
         """Note that y is the sum of a parameter x, repeated along some dimensions, and something else; or is x itself.
@@ -375,11 +293,10 @@ _COPIES = {
 """Operations whose result has the entries of what they are given, in memory of its own."""
 
 
-_REPEATED = {"expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile"}
-"""Functions that repeat what they are given."""
-
-_MADE = {"arange", "linspace", "eye", "range"}
-"""Functions that make positions and the like of a few numbers."""
+_ASKED = {Tensor.dim, Tensor.size, Tensor.stride, Tensor.is_floating_point, Tensor.__len__} | {
+    getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_nested", "requires_grad")
+}
+"""What is asked most often of tensors, and leads to no other."""
 
 _OF_TENSORS = {"__get__", "__set__", "register_hook", "retain_grad", "requires_grad_"}
 """What is asked of a tensor itself, which no view of it can answer."""
@@ -390,37 +307,6 @@ def _map(function: Callable[[Any], Any], values: Any) -> Any:
     if isinstance(values, (list, tuple)) and type(values) in (list, tuple):
         return type(values)(_map(function, value) for value in values)
     return function(values)
-
-
-@cache
-def _signature(rule: Rule) -> inspect.Signature:
-    return inspect.signature(rule)
-
-
-def _fits(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a rule takes these arguments, if some are given by name."""
-    if not kwargs:
-        return True
-    try:
-        _signature(rule).bind(None, None, *args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-def _at(y: Tensor, read: Read) -> tuple[Tensor, Read]:
-    """Where the gradient of an output is found whatever happens to it in place: at y, or if it is a view of another
-    tensor, at that."""
-    base = y._base
-    if base is None or base.grad_fn is None or not base.is_contiguous():
-        return y, read
-    size, stride, offset = y.size(), y.stride(), y.storage_offset() - base.storage_offset()
-
-    def within(g: Tensor) -> Tensor:
-        g = g.contiguous()
-        return read(g.as_strided(size, stride, g.storage_offset() + offset))
-
-    return base, within
 
 
 @cache
@@ -435,16 +321,3 @@ def _memory(x: Any) -> int | None:
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
         return None
     return x.untyped_storage().data_ptr()
-
-
-def _same(y: Tensor) -> Tensor:
-    return y
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, and in lists of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (part for part in value if isinstance(part, Tensor))

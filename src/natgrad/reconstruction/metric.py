@@ -19,7 +19,7 @@ from natgrad.layers import Layer
 from natgrad.likelihoods import Objective
 from natgrad.matrix import FactorisationError, LinearMap, Root, inverse_roots
 from natgrad.matrix.base import check_damping
-from natgrad.operations import Call, Watch
+from natgrad.operations import Call, Watch, whole
 from natgrad.rows import Arrangement
 
 Batches = Iterable[tuple[Any, Any]]
@@ -132,7 +132,7 @@ def _local(
             g = form.outputs(first(here.read(_slope(activations.get(layer.name), y))))
             seen.append((layer, [_by_position(a, g)]))
 
-        with torch.enable_grad(), Watch(weights, note):
+        with torch.enable_grad(), Watch(whole(weights), note):
             call(model, inputs)
         yield from seen
 
