@@ -22,7 +22,7 @@ from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
 from natgrad.optim.precision import fast_dtype
-from natgrad.record import Record, Sharing
+from natgrad.record import Record, Share, Sharing
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,12 @@ class Layerwise:
 
     def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
         """What a layer saw of the passes of a step, if any reached it: gradients of zero of those that did not."""
-        layer, fraction = self.layers[name], self.cadence.fraction
-        seen = [list(record.captures(layer, self.sharing, fraction)) for record in records]
+        layer, share = self.layers[name], Share(self.cadence.fraction)
+        seen = [list(record.captures(layer, self.sharing, share)) for record in records]
         if not any(seen):
             return []
         passes = zip(records, seen, strict=True)
-        return [capture for record, own in passes for capture in own or [record.absent(layer, fraction)]]
+        return [capture for record, own in passes for capture in own or [record.absent(layer, share)]]
 
     def _renew(
         self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float, n: int
