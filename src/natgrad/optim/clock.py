@@ -13,7 +13,7 @@ Clock = dict[str, Any]
 def new_clock(damping: float) -> Clock:
     """Before the first step."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
-    return {"steps": 0, "skipped": 0, "damping": damping, "memory": {}, **dict.fromkeys(names, 0.0)}
+    return {"steps": 0, "skipped": 0, "damping": damping, "memory": {}, "account": {}, **dict.fromkeys(names, 0.0)}
 
 
 def remember(clock: Clock, damping: Damping, decision: Decision, drift: float, lr: float) -> dict[str, float]:

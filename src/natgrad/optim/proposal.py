@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers import Layer, View
+from natgrad.optim.budget import Account
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.layerwise import State
 from natgrad.optim.step_size import Decision
@@ -22,7 +23,7 @@ from natgrad.optim.step_size import Decision
 class Proposal:
     """Everything a step would change, computed before anything is.
 
-    ``moves`` are the directions D of the layers, as blocks.
+    ``moves`` are the directions D of the layers, as blocks; ``account`` is what curvature has cost, under a budget.
     """
 
     curvature: State
@@ -30,6 +31,7 @@ class Proposal:
     decision: Decision
     drift: float
     lr: float
+    account: Account | None = None
 
 
 @dataclass(frozen=True)
