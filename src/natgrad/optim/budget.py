@@ -58,6 +58,12 @@ class Turn:
     observe: float
     refresh: float
 
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.share.fraction / self.share.stride:.3g} % observed every {self.observe_every} steps, "
+            f"renewed every {self.refresh_every}"
+        )
+
 
 @dataclass(frozen=True)
 class Account:
@@ -156,6 +162,9 @@ class Plan:
     turns: Mapping[str, Turn]
     seeing: float = 0.0
 
+    def __str__(self) -> str:
+        return f"curvature takes {100 * self.rate():.3g} % of a training step, by counted flops" if self.turns else ""
+
     def rate(self, kinds: frozenset[str] = _PAID) -> float:
         """What observing and refreshing cost on average, in plain steps a step."""
         seen = min((turn.observe_every for turn in self.turns.values()), default=1)
@@ -164,22 +173,21 @@ class Plan:
         return observing * ("observe" in kinds) + refreshing * ("refresh" in kinds)
 
     def due(self, account: Account, step: int, layers: Sequence[str]) -> Due:
-        """What is due of ``layers`` and can be paid, the most urgent first; those without a plan as the cadence says."""
-        budget, cadence = self.budget, self.budget.cadence
-        plainly = cadence.due(step, layers)
+        """What is due of ``layers`` and can be paid, the urgent first; those without a plan as the cadence says."""
+        budget = self.budget
+        plainly = budget.cadence.due(step, layers)
         observe = {n: s for n, s in plainly.observe.items() if n not in self.turns or "observe" in budget.given}
         refresh = [n for n in plainly.refresh if n not in self.turns or "refresh" in budget.given]
         purse = _Purse(self._left(account, step))
         for name in self._urgent(account, step, layers):
             turn, (seen, renewed, count) = self.turns[name], account.last.get(name, _NEVER)
-            if "observe" not in budget.given and self._observed(turn, step) > seen:
-                if purse.pays(turn.observe + (0.0 if observe else self.seeing)):
-                    observe[name] = replace(turn.share, turn=count)
-            ready = seen >= 0 or name in observe
-            if "refresh" not in budget.given and ready and self._renewed(turn, step, name, layers) > renewed:
-                if purse.pays(turn.refresh):
-                    refresh.append(name)
-        return Due(observe, refresh, at_once="refresh" in budget.given)
+            due = "observe" not in budget.given and self._observed(turn, step) > seen
+            if due and purse.pays(turn.observe + (0.0 if observe else self.seeing)):
+                observe[name] = replace(turn.share, turn=count)
+            known = "refresh" not in budget.given and (seen >= 0 or name in observe)
+            if known and self._renewed(turn, step, name, layers) > renewed and purse.pays(turn.refresh):
+                refresh.append(name)
+        return Due(observe, refresh, [n for n in layers if n not in self.turns or "refresh" in budget.given])
 
     def charged(
         self, account: Account, step: int, asked: Collection[str], observed: Sequence[str], refreshed: Sequence[str]

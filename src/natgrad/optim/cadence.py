@@ -12,12 +12,12 @@ from natgrad.record import Share
 class Due:
     """What is to be done at a step: a share of which layers is observed, and which matrices are renewed.
 
-    ``at_once``: a layer is refreshed as soon as it has been observed for the first time.
+    Layers ``at_once`` are refreshed as soon as they have been observed for the first time.
     """
 
     observe: Mapping[str, Share]
     refresh: Collection[str]
-    at_once: bool = True
+    at_once: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cadence:
         """What is due at a step, whatever it costs."""
         observed: Iterable[str] = layers if self.observes(step) else ()
         refreshed = [name for k, name in enumerate(layers) if self.refreshes(step, k, len(layers))]
-        return Due(dict.fromkeys(observed, Share(self.fraction)), refreshed)
+        return Due(dict.fromkeys(observed, Share(self.fraction)), refreshed, layers)
 
     def observes(self, step: int) -> bool:
         """Whether this step takes statistics."""
@@ -53,7 +53,7 @@ class Cadence:
 
 
 def latest(step: int, every: int, dense: int, phase: int = 0) -> int:
-    """The last step, up to this one, that is ``phase`` modulo ``every``, or 0, 1, 2, 4, 8, ... below ``dense``; or -1."""
+    """The last step so far that is ``phase`` modulo ``every``, or 0, 1, 2, 4, 8, ... below ``dense``."""
     regular = step - (step - phase) % every
     last = min(step, dense - 1)
     return max(regular, -1, 1 << last.bit_length() - 1 if last else 0)

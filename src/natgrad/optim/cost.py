@@ -57,7 +57,7 @@ def cost(approximation: Approximation, layer: Layer, examples: int = 1) -> Cost 
 
 @dataclass(frozen=True)
 class Work:
-    """How long curvature takes on a layer, in flops of a matrix product that takes as long: ``observe`` and ``refresh``.
+    """How long curvature takes on a layer, in flops of a product that takes as long: ``observe`` and ``refresh``.
 
     Factorisations run at a fraction of a product's speed, and what is read has to be moved: a constant stands for
     either. ``fixed`` is what any of the two takes, however small the layer; ``plain`` is the layer's own part of a
@@ -159,7 +159,7 @@ _FACTORISATIONS: dict[Any, Callable[..., float]] = {
     aten._linalg_svd: _cubes(20),
 }
 _COUNTED_HIGH = {aten._linalg_eigh, aten._linalg_svd}
-# One core at 50 to 100 GFLOP/s: Cholesky, its inverse and solves run at .07, .25 and .5 of a product's speed for sides of
-# 64, 256 and 1,024, eigh and SVD, whose counts above are generous, at .25, .5 and 1; an element takes 1 to 5 ns to copy.
+# One core, 50 to 100 GFLOP/s: Cholesky, its inverse and solves run at .07, .25 and .5 of a product's speed for sides
+# of 64, 256 and 1,024; eigh and SVD, whose counts above are generous, at .25, .5 and 1. A copy takes 1 to 5 ns.
 _MOVE = 64.0
 _LAUNCH = {"cpu": 6e6, "cuda": 3e9}  # flops in the .1 ms that a layer's kernels and Python take in a training step

@@ -111,7 +111,7 @@ class Layerwise:
             dampings = self._spread(self.damping, {name: curvature for name, curvature, _ in merged}, damping)
         layers = {}
         for name, curvature, seen in merged:
-            refreshes = name in due.refresh or (due.at_once and not curvature.refreshed)
+            refreshes = name in due.refresh or (name in due.at_once and not curvature.refreshed)
             layers[name] = self._renew(
                 name, curvature, seen, refreshes, dampings.get(name, damping), _examples(records)
             )
@@ -144,8 +144,7 @@ class Layerwise:
     def _merged(
         self, state: State, records: Sequence[Record], shares: Mapping[str, Share]
     ) -> Iterable[tuple[str, LayerCurvature, Sequence[Capture]]]:
-        """Every layer with its statistics merged, and what it saw of its share; lazily, to hold the captures of one at a
-        time."""
+        """Every layer with its statistics merged, and what it saw; lazily, to hold the captures of one at a time."""
         n = _examples(records)
         together: Mapping[str, Stats] = {}
         captures: dict[str, list[Capture]] = {}

@@ -19,7 +19,7 @@ from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.masks import Mask
 from natgrad.optim.adamw import DEFAULTS, adamw_step
-from natgrad.optim.budget import Account, Budget, Turn
+from natgrad.optim.budget import Account, Budget, Plan, Turn
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.checkpoints import check_checkpoint, check_parameters, check_processes
 from natgrad.optim.clock import new_clock, remember
@@ -157,8 +157,8 @@ class NaturalGradient(torch.optim.Optimizer):
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
         self.step_size, self.damping = step_size, as_damping(damping)
         self._curvature = Layerwise(approximation, {}, decay, weight_sharing, precision, self.damping)
-        limited = overhead is not None and math.isfinite(overhead) and not approximation.together
-        budget = Budget(overhead, cadence, given) if overhead is not None and limited else None
+        free = overhead is None or math.isinf(overhead) or approximation.together or given >= {"observe", "refresh"}
+        budget = None if free or overhead is None else Budget(overhead, cadence, given)
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
@@ -244,7 +244,8 @@ class NaturalGradient(torch.optim.Optimizer):
         found, held = self._covered, self._held()
         matrices = matrices_of(self.model, found, self._wide) if self._shampoo else {}
         others = [name for name, p in self.model.named_parameters() if id(p) not in held]
-        return str(report(self.model, found, self._curvature.approximation, matrices, self._now, others))
+        told = report(self.model, found, self._curvature.approximation, matrices, self._now, others, plan=self._plan)
+        return str(told)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
@@ -430,10 +431,14 @@ class NaturalGradient(torch.optim.Optimizer):
         return self._schedule.watches(account, self._curvature.layers, self.steps, self._free)
 
     @property
+    def _plan(self) -> Plan | None:
+        """The plan under a budget."""
+        return self._schedule.plan(self._account, self._curvature.layers, self._free)
+
+    @property
     def _turns(self) -> Mapping[str, Turn]:
-        """The plan for every layer, under a budget."""
-        plan = self._schedule.plan(self._account, self._curvature.layers, self._free)
-        return {} if plan is None else plan.turns
+        """That for every layer."""
+        return self._plan.turns if self._plan is not None else {}
 
     @property
     def _damping(self) -> float:
