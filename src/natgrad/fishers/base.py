@@ -29,7 +29,7 @@ class Approximation(ABC):
     def reads(self) -> Literal["positions", "examples", "all"]:
         """What an observation may read a share of: its statistics are means over single positions, or over examples.
 
-        ``"all"``, the default, is for methods that keep what they see.
+        ``"all"``, the default, is for methods that keep what they see, or follow it: no budget holds for them.
         """
         return "all"
 

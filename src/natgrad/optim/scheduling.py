@@ -117,7 +117,7 @@ class Schedule:
 
     def _load(self, layer: Layer, examples: int, positions: int, seeds: int) -> Load | None:
         approximation = for_layer(self.approximation, layer.kind)
-        one = work(approximation, layer, examples, positions)
+        one = work(approximation, layer, examples, positions) if approximation.reads != "all" else None
         if one is None:
             return None
         sides = [size for size, diagonal in zip(layer.shape[-2:], layer.diagonal, strict=True) if not diagonal]
