@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -17,6 +17,28 @@ from natgrad.rows import Rows
 from natgrad.sparse import Sparse, SparseCapture, Together, joined, masked, summed
 
 Sharing = Literal["expand", "reduce"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a pass an observation reads: a ``fraction`` of the examples, and one in ``stride`` of their positions.
+
+    ``turn`` counts the shares that differ: turns 0, 1, 2, ... read all positions, then go on to the next examples.
+    Positions are left out only where they are samples, not parts of a sum (``"expand"``, a weight used in one role).
+    """
+
+    fraction: float = 1.0
+    stride: int = 1
+    turn: int = 0
+
+    def examples(self, n: int) -> slice:
+        """Those that are read, of n."""
+        size = max(1, round(self.fraction * n))
+        start = self.turn // self.stride % -(-n // size) * size
+        return slice(start, min(start + size, n))
+
+
+ALL = Share()
 
 
 @dataclass
@@ -45,6 +67,16 @@ class Use:
             return tensor
         matrix = layer.form.matrix(tensor)
         return form.operand(matrix.mT if self.swapped else matrix, torch.Size(view.size))
+
+    @property
+    def places(self) -> int:
+        """The number of positions of an example."""
+        return self.call.form.places(self.gradient(0))
+
+    @property
+    def thins(self) -> bool:
+        """Whether positions may be left out."""
+        return self.call.form.thins and not self.call.shared
 
     @property
     def kept(self) -> Tensor | None:
@@ -96,21 +128,23 @@ class Record:
             chosen = [g for task, g in by_task.items() if filled is None or parameter in filled.get(task, ())]
             call.gradients[:] = [reduce(torch.add, chosen) if chosen else None]
 
-    def captures(self, layer: Layer, sharing: Sharing = "expand", fraction: float = 1.0) -> Iterator[Capture]:
-        """What ``layer`` saw of the first ``fraction`` of the examples: one :class:`Capture` per seed.
+    def captures(self, layer: Layer, sharing: Sharing = "expand", share: Share = ALL) -> Iterator[Capture]:
+        """What ``layer`` saw of a ``share`` of the examples: one :class:`Capture` per seed.
 
         The seeds share the count, as gradients share their sum of squares, so that passes with different numbers of
         seeds pool as their examples do.
         """
         for number, uses in enumerate(self._reached(layer)):
-            n = max(1, round(fraction * len(uses[0].x)))
+            n = share.examples(len(uses[0].x))
             roles = [[use for use in uses if use.swapped == swapped] for swapped in (False, True)]
             roles = [role for role in roles if role]
-            inputs = [_inputs(role, n, layer.biased) for role in roles]
+            thins = len(roles) == 1 and sharing == "expand" and all(use.thins for use in uses)
+            how = share if thins else replace(share, stride=1)
+            inputs = [_inputs(role, n, layer.biased, how) for role in roles]
             kept = [self._kept(role, a, n) for role, a in zip(roles, inputs, strict=True)]
             for seed in range(len(uses[0].call.gradients)):
                 all_parts = zip(roles, inputs, kept, strict=True)
-                parts = [self._capture(layer, *part, seed, n, sharing, number == 0) for part in all_parts]
+                parts = [self._capture(layer, *part, seed, n, how, sharing, number == 0) for part in all_parts]
                 yield parts[0] if len(parts) == 1 else Together(parts)
 
     def total(self, layer: Layer) -> Tensor | None:
@@ -127,13 +161,20 @@ class Record:
             total = own if total is None else total + own
         return None if total is None else total / self.scale
 
-    def absent(self, layer: Layer, fraction: float = 1.0) -> Capture:
+    def positions(self, layer: Layer) -> tuple[int, int]:
+        """The number of examples, and of positions of each, where the layer uses its weight."""
+        groups = [(len(uses[0].x), sum(use.places for use in uses)) for uses in self._reached(layer)]
+        n = max((n for n, _ in groups), default=0)
+        return n, -(-sum(own * places for own, places in groups) // max(1, n))
+
+    def absent(self, layer: Layer, share: Share = ALL) -> Capture:
         """What a layer saw that this pass did not reach: gradients of zero, of as many loss terms as there are."""
-        n = max(1, round(fraction * self.examples()))
-        blank = layer.blank(n)
+        n = share.examples(self.examples())
+        blank = layer.blank(n.stop - n.start)
+        count = self.count(n) / share.stride
         if isinstance(blank, SparseCapture):
-            return SparseCapture(blank.inputs, blank.g, self.count(n), 0.0, self.which, layer.diagonal)
-        return Capture(blank.a, blank.g, self.count(n), 0.0, self.which, layer.diagonal)
+            return SparseCapture(blank.inputs, blank.g, count, 0.0, self.which, layer.diagonal)
+        return Capture(blank.a, blank.g, count, 0.0, self.which, layer.diagonal)
 
     def directional(self, layer: Layer, tensors: list[Tensor]) -> Tensor | None:
         """u (seeds, n): sum_t g_nt^T V a_nt along V, ``tensors`` like the parts of the layer; products run in the dtype
@@ -160,9 +201,11 @@ class Record:
             return self.rows.count
         return next((len(use.x) for uses in self.calls.values() for use in uses), 0)
 
-    def count(self, n: int | None = None) -> float | Tensor:
-        """The number of loss terms, of the first n examples."""
-        return self.terms[:n].sum() if isinstance(self.terms, Tensor) else self.terms * (n or self.examples())
+    def count(self, n: slice | None = None) -> float | Tensor:
+        """The number of loss terms, of some of the examples."""
+        if isinstance(self.terms, Tensor):
+            return (self.terms if n is None else self.terms[n]).sum()
+        return self.terms * (self.examples() if n is None else n.stop - n.start)
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if an input has been overwritten since the pass."""
@@ -174,9 +217,9 @@ class Record:
                         "and step(): change a copy, or change it after step()"
                     )
 
-    def _counted(self, n: int, of: int) -> float | Tensor:
-        """The number of loss terms behind n examples of a layer that saw ``of`` of them."""
-        return self.count(n) if of == self.examples() else self.count() * (n / of)
+    def _counted(self, n: slice, of: int) -> float | Tensor:
+        """The number of loss terms behind these examples of a layer that saw ``of`` of them."""
+        return self.count(n) if of == self.examples() else self.count() * ((n.stop - n.start) / of)
 
     def _reached(self, layer: Layer) -> list[list[Use]]:
         """The uses that a seed reaches: those on the examples, and apart from them those on what all examples share."""
@@ -196,60 +239,79 @@ class Record:
         a: Tensor | Sparse,
         kept: Tensor | None,
         seed: int,
-        n: int,
+        examples: slice,
+        share: Share,
         sharing: Sharing,
         counts: bool,
     ) -> Capture:
         """What these uses, all in one role, saw at the positions (n, t) that are kept, or at all; the loss terms count
         once, with the first of several groups of uses."""
-        g = _outputs(uses, seed, n)
+        g = _outputs(uses, seed, examples)
+        n, places = g.shape[-3], g.shape[-2]
+        if share.stride > 1:
+            chosen = _index(uses, share)
+            g = g[..., chosen, :]
+            a = Sparse(a.ids[:, chosen], a.values[:, chosen], a.width) if isinstance(a, Sparse) else a
+            kept = None if kept is None else kept[:, chosen]
         dtype = torch.promote_types(g.dtype if isinstance(a, Sparse) else a.dtype, torch.float32)
         a, g = a.to(dtype), g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale
         t, swapped, of = g.shape[-2], uses[0].swapped, len(uses[0].x)
         rows: float | Tensor = float(n * t)
         used: float | Tensor = float(t)  # positions of each example
-        examples: float | Tensor = float(n)
+        reached: float | Tensor = float(n)
         if kept is not None:
             kept = kept.to(g.dtype)
             a, g = masked(a, g, kept)
-            rows, examples, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
+            rows, reached, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
         if sharing == "reduce" and t > 1:
-            a, g, rows = summed(a), g.sum(-2, keepdim=True) / used, examples
-        count = self._counted(n, of) / len(uses[0].call.gradients) if counts else 0.0
+            a, g, rows = summed(a), g.sum(-2, keepdim=True) / used, reached
+        count = self._counted(examples, of) / len(uses[0].call.gradients) if counts else 0.0
+        count = count if t == places else count * (t / places)
         diagonal = layer.diagonal[::-1] if swapped else layer.diagonal
         if isinstance(a, Sparse):
             return SparseCapture(a, g, count, rows, self.which, diagonal)
         seen = Capture(a, g, count, rows, self.which, diagonal)
         return seen.swapped() if swapped else seen
 
-    def _kept(self, uses: list[Use], a: Tensor | Sparse, n: int) -> Tensor | None:
+    def _kept(self, uses: list[Use], a: Tensor | Sparse, n: slice) -> Tensor | None:
         """The positions (n, t) that count; ``None`` for all: those with an input that act on a loss term."""
         kept = a.used if isinstance(a, Sparse) else None
         masks = [use.kept for use in uses]
         if any(mask is not None for mask in masks):
             sizes = [use.how.positions for use in uses]
             full = [m if m is not None else torch.ones(s, dtype=torch.bool) for m, s in zip(masks, sizes, strict=True)]
-            exist = torch.cat(full, 1)[:n]
+            exist = torch.cat(full, 1)[n]
             kept = exist if kept is None else exist & kept
         if isinstance(self.terms, Tensor):
             seeds = ((_outputs(uses, seed, n) != 0).any(-1) for seed in range(len(uses[0].call.gradients)))
             acts = reduce(torch.logical_or, seeds)
             acts = acts.reshape(-1, *acts.shape[-2:]).any(0)
             if len(uses[0].x) == self.examples():
-                acts = _counting(acts, self.terms[:n] > 0)
+                acts = _counting(acts, self.terms[n] > 0)
             kept = acts if kept is None else acts & kept
         return kept
 
 
-def _inputs(uses: list[Use], n: int, biased: bool) -> Tensor | Sparse:
-    """The inputs of the first n examples of all these uses, as positions of one layer."""
-    chosen = ((use.call.form, use.x[:n]) for use in uses)
-    return joined([form.sparse(x) or form.inputs(x, biased) for form, x in chosen])
+def _inputs(uses: list[Use], n: slice, biased: bool, share: Share) -> Tensor | Sparse:
+    """The inputs of some examples of all these uses, as positions of one layer: a share of them, or all tokens."""
+    chosen = ((use.call.form, use.x[n]) for use in uses)
+    if share.stride == 1:
+        return joined([form.sparse(x) or form.inputs(x, biased) for form, x in chosen])
+    return joined([form.sparse(x) or form.some(x, biased, share.stride, share.turn) for form, x in chosen])
 
 
-def _outputs(uses: list[Use], seed: int, n: int) -> Tensor:
-    """The output gradients of the first n examples of all these uses."""
-    return torch.cat([use.call.form.outputs(use.gradient(seed)[:n]) for use in uses], -2)
+def _outputs(uses: list[Use], seed: int, n: slice) -> Tensor:
+    """The output gradients of some examples of all these uses."""
+    return torch.cat([use.call.form.outputs(use.gradient(seed)[n]) for use in uses], -2)
+
+
+def _index(uses: list[Use], share: Share) -> Tensor:
+    """The positions that are read, of all that these uses have."""
+    parts, before = [], 0
+    for use in uses:
+        parts.append(before + use.call.form.index(use.gradient(0), share.stride, share.turn))
+        before += use.places
+    return torch.cat(parts)
 
 
 def _counting(acts: Tensor, term: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from natgrad.jets import JetLinear
 from natgrad.labels import Labels
 from natgrad.layers import Layer, expected
 from natgrad.look import look
-from natgrad.record import Record
+from natgrad.record import Record, Share
 from oracles import assert_equal, block_of, per_example_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -347,7 +347,7 @@ def test_a_fraction_of_the_batch_is_its_first_examples() -> None:
     record, layers = recorded(model, x, torch.randn_like(model(x)))
     layer, whole = layers["0"], captured(record, layers["0"])
     for fraction, n in ((0.4, 2), (0.01, 1), (1.0, 5)):
-        (part,) = record.captures(layer, fraction=fraction)
+        (part,) = record.captures(layer, share=Share(fraction))
         assert torch.equal(part.a, whole.a[:, :n]) and torch.equal(part.g, whole.g[:, :n])
         assert part.count == n and part.rows == n * part.a.shape[-2]
 

@@ -19,7 +19,7 @@ from natgrad.labels import Labels
 from natgrad.layers import Layer
 from natgrad.look import look
 from natgrad.matrix import Kronecker, Spectral
-from natgrad.record import Record
+from natgrad.record import Record, Share
 from natgrad.sparse import Sparse, SparseCapture
 from oracles import assert_equal, dense_fisher
 
@@ -115,7 +115,7 @@ def test_captured_gradients_are_per_example_gradients(
     u = record.directional(layer, [direction])
     assert u is not None
     assert_equal(u, torch.einsum("noi,io->n", expected, direction).unsqueeze(0))
-    (part,) = record.captures(layer, fraction=0.5)
+    (part,) = record.captures(layer, share=Share(0.5))
     assert_equal(torch.cat(list(part.weight_gradients())), expected[:3])
 
 

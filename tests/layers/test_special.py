@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad import FNGD, KFAC, BlockTridiagonal, Categorical, NaturalGradient, Woodbury
 from natgrad.look import look
+from natgrad.record import Share
 from oracles import assert_equal, dense_fisher
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap on bilinear layers
@@ -37,7 +38,7 @@ def test_batch_norm_in_training_is_read_with_the_statistics_of_the_whole_batch_a
         loss = half_square(output[n], y[n])
         expected = torch.stack(torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True), -1)
         assert_equal(next(captured(record, layer).weight_gradients())[:, n, 0], expected)
-    (part,) = record.captures(layer, fraction=0.4)
+    (part,) = record.captures(layer, share=Share(0.4))
     assert torch.equal(part.a, captured(record, layer).a[:, :2])
 
 

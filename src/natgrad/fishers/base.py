@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -24,6 +24,14 @@ class Approximation(ABC):
 
     observe_every: ClassVar[int] = 4
     refresh_every: ClassVar[int] = 10
+
+    @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """What an observation may read a share of: its statistics are means over single positions, or over examples.
+
+        ``"all"``, the default, is for methods that keep what they see, or follow it: no budget holds for them.
+        """
+        return "all"
 
     @property
     def sides(self) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from natgrad import matrix
 from natgrad.capture import Capture, Kind
@@ -17,6 +18,11 @@ class Diagonal(Approximation):
     Not Adam: Adam squares the mean gradient of the batch, this takes the mean of squared per-example gradients.
     Cost: 2 n out in flops an observation (no per-example gradients for unshared weights), memory out in.
     """
+
+    @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """Whole examples, whose gradients are squared."""
+        return "examples"
 
     def observe(self, seen: Capture) -> Stats:
         """sum_n DW_n^2."""

@@ -96,6 +96,11 @@ class EigenCorrected(Approximation):
         return 16 if self.carry == "reseed" else 0
 
     @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """Whole examples, whose gradients are squared."""
+        return "all" if self.base.reads == "all" else "examples"
+
+    @property
     def sides(self) -> tuple[bool, bool]:
         """Those of ``base``."""
         return self.base.sides

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
@@ -29,6 +30,11 @@ class KFAC(Approximation):
     def observe(self, seen: Capture) -> Stats:
         """Both covariances."""
         return {"A": Mean(seen.moment_a(), seen.rows), "G": Mean(seen.moment_g(), seen.count)}
+
+    @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """Single positions."""
+        return "positions"
 
     @property
     def sides(self) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from natgrad.capture import Capture, Kind
 from natgrad.fishers.base import Approximation
@@ -35,6 +36,11 @@ class SNGD(Approximation):
         """A, and a tensor (*groups, out) that hands on the number of outputs."""
         g = seen.g
         return {"A": Mean(seen.moment_a(), seen.rows), "outputs": Mean(g.new_zeros((*g.shape[:-3], g.shape[-1])))}
+
+    @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """Single positions."""
+        return "positions"
 
     @property
     def sides(self) -> tuple[bool, bool]:

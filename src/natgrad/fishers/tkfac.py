@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -37,6 +38,11 @@ class TKFAC(Approximation):
         }
 
     @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """Single positions."""
+        return "positions"
+
+    @property
     def sides(self) -> tuple[bool, bool]:
         """Both."""
         return True, True
@@ -68,3 +74,8 @@ class TKFACExact(TKFAC):
         P, S = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         d = P.diagonal(dim1=-2, dim2=-1).sum(-1)
         return {"P": Mean(P, seen.count), "S": Mean(S, seen.count), "d": Mean(d, seen.count)}
+
+    @property
+    def reads(self) -> Literal["positions", "examples", "all"]:
+        """Whole examples."""
+        return "examples"

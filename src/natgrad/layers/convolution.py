@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ class Convolution(Form):
 
     A grouped convolution has one block per group, in a leading dimension of every tensor. x is (n, C, *spatial).
     """
+
+    thins: ClassVar[bool] = True
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -56,9 +60,23 @@ class Convolution(Form):
 
     def inputs(self, x: Tensor, biased: bool) -> Tensor:
         """Patches (n, t, C k), or (groups, n, t, C/groups k); costs k times the memory of x."""
-        images = self._images(x)
-        a = _patches(F.pad(images, _sides(self.padding)), self.kernel, self.stride, self.dilation)
+        return self.some(x, biased, 1, 0)
+
+    def some(self, x: Tensor, biased: bool, stride: int, turn: int) -> Tensor:
+        """Patches at a grid of positions."""
+        windows = self._windows(self._images(x))
+        a = _patches(windows[grid(windows.shape[2 : 2 + len(self.kernel)], stride, turn)], len(self.kernel))
         return with_ones(_together(split(a, self.count), len(x)), biased)
+
+    def index(self, y: Tensor, stride: int, turn: int) -> Tensor:
+        """That grid."""
+        sizes = y.shape[y.ndim - len(self.kernel) :]
+        numbers = torch.arange(self.places(y), device=y.device).view(-1, 1, *sizes)
+        return numbers[grid(sizes, stride, turn)].flatten()
+
+    def places(self, y: Tensor) -> int:
+        """Of all images of an example."""
+        return y.numel() // max(1, len(y) * y.shape[-len(self.kernel) - 1])
 
     def outputs(self, y: Tensor) -> Tensor:
         """(n, t, C_out), or (groups, n, t, C_out/groups)."""
@@ -76,6 +94,10 @@ class Convolution(Form):
     def features(self, y: Tensor) -> Tensor:
         """(n, *spatial, C_out)."""
         return y.movedim(-self.outer, -1)
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """(n, C, *positions, *kernel), a view of the padded images (n, C, *spatial)."""
+        return _unfolded(F.pad(images, _sides(self.padding)), self.kernel, self.stride, self.dilation)
 
     def _images(self, x: Tensor) -> Tensor:
         """(n, C, *spatial), of examples that may be several images each."""
@@ -103,17 +125,16 @@ class TransposedConvolution(Convolution):
         """(C, C_out/groups, *kernel)."""
         return matrix.unflatten(-1, (shape[0] // self.count, -1)).transpose(-3, -2).reshape(shape)
 
-    def inputs(self, x: Tensor, biased: bool) -> Tensor:
-        """Patches (n, t, C k), or (groups, n, t, C/groups k); costs k prod(stride) times the memory of x."""
-        images = self._images(x)
+    def _windows(self, images: Tensor) -> Tensor:
+        """Those of the images with zeros between their pixels, turned over."""
         spatial = [(L - 1) * stride + 1 for L, stride in zip(images.shape[2:], self.stride, strict=True)]
-        spread = x.new_zeros(*images.shape[:2], *spatial)
+        spread = images.new_zeros(*images.shape[:2], *spatial)
         spread[tuple(slice(None, None, step) for step in (1, 1, *self.stride))] = images
         reach = zip(self.kernel, self.dilation, self.padding, self.more, strict=True)
         pads = [((k - 1) * d - before, (k - 1) * d - before + more) for k, d, (before, _), more in reach]
         ones = (1,) * len(self.kernel)
-        a = _patches(F.pad(spread, _sides(pads)), self.kernel, ones, self.dilation, flipped=True)
-        return with_ones(_together(split(a, self.count), len(x)), biased)
+        windows = _unfolded(F.pad(spread, _sides(pads)), self.kernel, ones, self.dilation)
+        return windows.flip(tuple(range(-len(self.kernel), 0)))
 
     def product(self, operand: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The transposed convolution."""
@@ -133,14 +154,34 @@ def _sides(padding: list[tuple[int, int]] | tuple[tuple[int, int], ...]) -> list
     return [side for pair in reversed(padding) for side in pair]
 
 
-def _patches(
-    x: Tensor, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], flipped: bool = False
-) -> Tensor:
-    """(n, t, C k) of an input that is padded already."""
-    spatial = len(kernel)
+def grid(sizes: Sequence[int], stride: int, turn: int) -> tuple[slice, ...]:
+    """Of images (n, C, *sizes, ...) about one position in ``stride``: every other, or fourth, ... along each dimension.
+
+    ``turn`` counts the places where the grid may begin.
+    """
+    steps = [1] * len(sizes)
+    if len(sizes) == 1:
+        steps = [min(stride, sizes[0])]
+    while True:
+        room = [size // (2 * step) for size, step in zip(sizes, steps, strict=True)]
+        if 2 * math.prod(steps) > stride or max(room) < 1:
+            break
+        steps[room.index(max(room))] *= 2
+    starts = []
+    for step in steps:
+        starts.append(turn % step)
+        turn //= step
+    return (slice(None), slice(None), *(slice(a, None, b) for a, b in zip(starts, steps, strict=True)))
+
+
+def _unfolded(x: Tensor, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]) -> Tensor:
+    """(n, C, *positions, *kernel) of an input that is padded already."""
     for axis, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True), start=2):
         x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    if flipped:
-        x = x.flip(tuple(range(-spatial, 0)))
-    a = x.flatten(2 + spatial).flatten(2, 1 + spatial).movedim(1, 2)  # (n, t, C, k)
+    return x
+
+
+def _patches(windows: Tensor, spatial: int) -> Tensor:
+    """(n, t, C k) of windows (n, C, *positions, *kernel)."""
+    a = windows.flatten(2 + spatial).flatten(2, 1 + spatial).movedim(1, 2)  # (n, t, C, k)
     return a.flatten(2)

@@ -26,6 +26,8 @@ class Form(ABC):
     outer: ClassVar[int] = 1
     tokens: ClassVar[bool] = False
     """Whether inputs are tokens, which :meth:`sparse` reads: their covariance is diagonal."""
+    thins: ClassVar[bool] = False
+    """Whether any positions of an example may be left out: :meth:`some` and :meth:`index` then say how."""
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -51,6 +53,20 @@ class Form(ABC):
     @abstractmethod
     def product(self, operand: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The output (n, ...) for what was read, with another operand and bias."""
+
+    def places(self, y: Tensor) -> int:
+        """The number t of positions of an output (n, ...)."""
+        return self.outputs(y).shape[-2]
+
+    def some(self, x: Tensor, biased: bool, stride: int, turn: int) -> Tensor:
+        """:meth:`inputs` at every ``stride``-th position, the ``turn``-th choice of them, without the others."""
+        if x.ndim <= self.inner + 1:
+            return self.inputs(x, biased)
+        return self.inputs(every(x.flatten(1, x.ndim - self.inner - 1), stride, turn), biased)
+
+    def index(self, y: Tensor, stride: int, turn: int) -> Tensor:
+        """The positions that :meth:`some` reads of an output (n, ...)."""
+        return every(torch.arange(self.places(y), device=y.device).unsqueeze(0), stride, turn).squeeze(0)
 
     def features(self, y: Tensor) -> Tensor:
         """An output with all the dimensions that a bias has as the last one, the others being positions."""
@@ -82,6 +98,12 @@ def form(kind: type[Form]) -> type[Form]:
 def with_ones(a: Tensor, biased: bool) -> Tensor:
     """``a`` with a last column of ones, if there is a bias."""
     return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1) if biased else a
+
+
+def every(x: Tensor, stride: int, turn: int) -> Tensor:
+    """Every ``stride``-th entry of the second dimension, of its length at most; from the ``turn``-th on, in turn."""
+    stride = min(stride, x.shape[1])
+    return x[:, turn % stride :: stride] if stride > 1 else x
 
 
 def split(a: Tensor, groups: int) -> Tensor:

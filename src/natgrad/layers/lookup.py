@@ -24,6 +24,7 @@ class Lookup(Form):
 
     inner: ClassVar[int] = 0
     tokens: ClassVar[bool] = True
+    thins: ClassVar[bool] = True
 
     width: int
     padding: int | None = None

@@ -22,6 +22,8 @@ class Product(Form):
     is (..., out) or (..., groups, out).
     """
 
+    thins: ClassVar[bool] = True
+
     groups: tuple[int, ...] = ()
     outs: tuple[int, ...] = (0,)
     ins: tuple[int, ...] = (1,)
@@ -88,6 +90,7 @@ class JetProduct(Product):
 
     inner: ClassVar[int] = 2
     outer: ClassVar[int] = 2
+    thins: ClassVar[bool] = False  # values and derivatives belong together
 
     def matrix(self, operand: Tensor) -> Tensor:
         """(out, in)."""

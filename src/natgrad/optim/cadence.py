@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+
+from natgrad.record import Share
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done at a step: a share of which layers is observed, and which matrices are renewed.
+
+    Layers ``at_once`` are refreshed as soon as they have been observed for the first time.
+    """
+
+    observe: Mapping[str, Share]
+    refresh: Collection[str]
+    at_once: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -18,14 +33,27 @@ class Cadence:
     fraction: float = 1.0
     staggered: bool = False
 
+    def due(self, step: int, layers: Collection[str]) -> Due:
+        """What is due at a step, whatever it costs."""
+        observed: Iterable[str] = layers if self.observes(step) else ()
+        refreshed = [name for k, name in enumerate(layers) if self.refreshes(step, k, len(layers))]
+        return Due(dict.fromkeys(observed, Share(self.fraction)), refreshed, layers)
+
     def observes(self, step: int) -> bool:
         """Whether this step takes statistics."""
-        return step % self.observe_every == 0 or self._warms_up(step)
+        return latest(step, self.observe_every, self.refresh_every) == step
 
     def refreshes(self, step: int, layer: int, layers: int) -> bool:
         """Whether this step renews the matrix of layer number ``layer`` of ``layers``."""
-        phase = layer * self.refresh_every // layers if self.staggered else 0
-        return step % self.refresh_every == phase or self._warms_up(step)
+        return latest(step, self.refresh_every, self.refresh_every, self.phase(layer, layers)) == step
 
-    def _warms_up(self, step: int) -> bool:
-        return step < self.refresh_every and (step & (step - 1)) == 0
+    def phase(self, layer: int, layers: int) -> int:
+        """The first step of a layer's refreshes."""
+        return layer * self.refresh_every // layers if self.staggered else 0
+
+
+def latest(step: int, every: int, dense: int, phase: int = 0) -> int:
+    """The last step so far that is ``phase`` modulo ``every``, or 0, 1, 2, 4, 8, ... below ``dense``."""
+    regular = step - (step - phase) % every
+    last = min(step, dense - 1)
+    return max(regular, -1, 1 << last.bit_length() - 1 if last else 0)

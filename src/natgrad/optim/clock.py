@@ -13,7 +13,8 @@ Clock = dict[str, Any]
 def new_clock(damping: float) -> Clock:
     """Before the first step."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
-    return {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "memory": {}, **dict.fromkeys(names, 0.0)}
+    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "memory": {}, "account": {}}
+    return {**start, **dict.fromkeys(names, 0.0)}
 
 
 def remember(clock: Clock, damping: Damping, decision: Decision, drift: float, lr: float) -> dict[str, float]:

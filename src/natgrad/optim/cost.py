@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from natgrad.capture import Capture
 from natgrad.fishers import Approximation
 from natgrad.layers import Layer
+from natgrad.sparse import Sparse, SparseCapture
 
 aten = torch.ops.aten
 
@@ -53,6 +55,58 @@ def cost(approximation: Approximation, layer: Layer, examples: int = 1) -> Cost 
     return Cost(type(matrix).__name__, memory, counting.flops - refresh, refresh)
 
 
+@dataclass(frozen=True)
+class Work:
+    """How long curvature takes on a layer, in flops of a product that takes as long: ``observe`` and ``refresh``.
+
+    Factorisations run at a fraction of a product's speed, and what is read has to be moved: a constant stands for
+    either. ``fixed`` is what any of the two takes, however small the layer; ``plain`` is the layer's own part of a
+    training step, forwards and backwards, and ``see`` of one backward pass to the outputs alone.
+    """
+
+    plain: float
+    see: float
+    observe: float
+    refresh: float
+    fixed: float
+
+
+def work(approximation: Approximation, layer: Layer, examples: int, positions: int) -> Work | None:
+    """That of a layer, and of an observation of so many examples; ``None`` if what is done depends on the data."""
+    *groups, out, width = layer.shape
+    rows = examples * positions
+    numbers = math.prod(groups) * rows * (out + (1 if layer.form.tokens else width))
+    products = 0.0 if layer.form.tokens else 2.0 * math.prod(groups) * rows * out * width
+    launch = _LAUNCH.get(layer.weight.device.type, _LAUNCH["cuda"])
+    with _Counting() as counting:
+        try:
+            seen = _blank(layer, examples, positions)
+            stats = approximation.merge(None, approximation.observe(seen), 0.0)
+            observe = counting.slow
+            matrix = approximation.assemble(stats)
+            approximation.invert(matrix, 1.0)
+            refresh = counting.slow - observe
+            if approximation.corrects:
+                before = counting.slow
+                approximation.invert(approximation.correct(matrix, [seen], 0.5), 1.0)
+                observe += counting.slow - before
+        except (NotImplementedError, RuntimeError):
+            return None
+    plain = 3 * products + _MOVE * math.prod(groups) * rows * out + launch
+    return Work(plain, products + launch, observe + _MOVE * numbers, refresh, 2 * launch)
+
+
+def _blank(layer: Layer, examples: int, positions: int) -> Capture:
+    """What a layer would see at so many positions of so many examples, without data."""
+    one = layer.blank(1, torch.device("meta"))
+    if isinstance(one, SparseCapture):
+        ids, values = (x.expand(examples, positions, 1) for x in (one.inputs.ids, one.inputs.values))
+        g = one.g.expand(examples, positions, -1)
+        return SparseCapture(Sparse(ids, values, one.inputs.width), g, 1.0, 1.0, diagonal=one.diagonal)
+    a, g = (x.new_zeros(*x.shape[:-3], examples, positions, x.shape[-1]) for x in (one.a, one.g))
+    return Capture(a, g, 1.0, 1.0, diagonal=one.diagonal)
+
+
 def size(tensors: Iterable[Tensor]) -> int:
     """The memory of the tensors in bytes, each storage once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
@@ -60,11 +114,13 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 
 class _Counting(TorchDispatchMode):
-    """Counts operations, and answers for the data that tensors on "meta" lack: all is finite, and every number 1."""
+    """Counts operations, ``slow`` with factorisations at their speed, and answers for the data that tensors on "meta"
+    lack: all is finite, and every number 1."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.slow = 0.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,9 +129,13 @@ class _Counting(TorchDispatchMode):
             return args[0].dtype == torch.bool or 1.0
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _FACTORISATIONS:
-            self.flops += round(_FACTORISATIONS[func.overloadpacket](*args))
+            count = _FACTORISATIONS[func.overloadpacket](*args)
+            self.flops += round(count)
+            self.slow += count * (2 if func.overloadpacket in _COUNTED_HIGH else 4)
         elif func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            count = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.flops += count
+            self.slow += count
         return result
 
 
@@ -98,3 +158,8 @@ _FACTORISATIONS: dict[Any, Callable[..., float]] = {
     aten.linalg_qr: _cubes(4 / 3),
     aten._linalg_svd: _cubes(20),
 }
+_COUNTED_HIGH = {aten._linalg_eigh, aten._linalg_svd}
+# One core, 50 to 100 GFLOP/s: Cholesky, its inverse and solves run at .07, .25 and .5 of a product's speed for sides
+# of 64, 256 and 1,024; eigh and SVD, whose counts above are generous, at .25, .5 and 1. A copy takes 1 to 5 ns.
+_MOVE = 64.0
+_LAUNCH = {"cpu": 6e6, "cuda": 3e9}  # flops in the .1 ms that a layer's kernels and Python take in a training step

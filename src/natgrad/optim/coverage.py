@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from natgrad.fishers import KFAC, Approximation, check_layers, for_layer
 from natgrad.layers import WIDE, Coverage, Layer, check_wide, expected
 from natgrad.look import look
+from natgrad.optim.budget import Plan
 from natgrad.optim.cost import Cost, cost, size
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.shampoo import is_matrix
@@ -42,6 +43,7 @@ class Report:
 
     rows: tuple[Row, ...]
     expected: bool = False
+    planned: str = ""
 
     @property
     def covered(self) -> float:
@@ -67,7 +69,8 @@ class Report:
         share = f"{100 * self.covered:.1f} % of {trained:,} trained parameters have curvature"
         if self.expected:
             share = f"expected before the first pass: {share}"
-        return f"{_table([_HEADER, *map(_words, self.rows)])}\n{share}; {total}"
+        lines = [_table([_HEADER, *map(_words, self.rows)]), f"{share}; {total}", *filter(None, [self.planned])]
+        return "\n".join(lines)
 
 
 def coverage(
@@ -117,8 +120,9 @@ def report(
     curvature: Mapping[str, LayerCurvature] | None = None,
     others: Collection[str] = (),
     examples: int = 1,
+    plan: Plan | None = None,
 ) -> Report:
-    """The report on ``found``; with the ``curvature`` of training as it stands.
+    """The report on ``found``; with the ``curvature`` of training as it stands, and the ``plan`` under a budget.
 
     ``matrices`` are those of the other parameters that Shampoo steps, and not AdamW; ``others`` another optimizer. A
     layer that the steps so far have not seen counts as stepped by AdamW.
@@ -131,8 +135,10 @@ def report(
         if key not in known:
             known[key] = cost(chosen, layer, examples)
         row = row_of(model, layer, known[key], _structure(layer, approximation))
-        rows.append(row if curvature is None else _as_it_stands(row, curvature.get(name)))
-    return complete(model, found, rows, "AdamW", matrices, others)
+        row = row if curvature is None else _as_it_stands(row, curvature.get(name))
+        turn = plan.turns.get(name) if plan is not None else None
+        rows.append(row if turn is None else replace(row, why=f"{row.why}; {turn}"))
+    return replace(complete(model, found, rows, "AdamW", matrices, others), planned=str(plan or ""))
 
 
 def row_of(model: nn.Module, layer: Layer, what: Cost | None, remarks: Iterable[str] = ()) -> Row:

@@ -17,13 +17,13 @@ from natgrad.fishers import Approximation, Coupled, Part, Stats, for_layer, pool
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, NetworkMap
 from natgrad.matrix.kronecker_sum import KroneckerSumInverse
-from natgrad.optim.cadence import Cadence
+from natgrad.optim.cadence import Due
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
 from natgrad.optim.geometry import INVERSE, Geometry, Natural, Spectral
 from natgrad.optim.precision import fast_dtype
-from natgrad.record import Record, Sharing
+from natgrad.record import Record, Share, Sharing
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Layerwise:
 
     approximation: Approximation
     layers: Mapping[str, Layer]
-    cadence: Cadence
     decay: float
     sharing: Sharing
     precision: torch.dtype | str
@@ -106,17 +105,16 @@ class Layerwise:
             return curvature.prepared(self.fast(name))
         return curvature.with_state(kept, name, self.approximation.together).prepared(self.fast(name))
 
-    def advance(self, state: State, records: Sequence[Record], step: int, damping: float) -> State:
-        """The state after the observation and the refresh that are due at this step."""
-        observes = bool(records) and self.cadence.observes(step)
-        due = [self.cadence.refreshes(step, number, len(self.layers)) for number in range(len(self.layers))]
-        merged = self._merged(state, records if observes else [])
+    def advance(self, state: State, records: Sequence[Record], due: Due, damping: float) -> State:
+        """The state after the observations and the refreshes that are due."""
+        merged = self._merged(state, records, due.observe if records else {})
         dampings: Mapping[str, float] = {}
-        if isinstance(self.damping, TraceDamping) and (observes or any(due)):
+        if isinstance(self.damping, TraceDamping) and ((due.observe and records) or due.refresh):
             merged = list(merged)
             dampings = self._spread(self.damping, {name: curvature for name, curvature, _ in merged}, damping)
         layers = {}
-        for refreshes, (name, curvature, seen) in zip(due, merged, strict=True):
+        for name, curvature, seen in merged:
+            refreshes = name in due.refresh or (name in due.at_once and not curvature.refreshed)
             layers[name] = self._renew(
                 name, curvature, seen, refreshes, dampings.get(name, damping), _examples(records)
             )
@@ -142,30 +140,30 @@ class Layerwise:
             for name, gradient in M.items()
         }
 
-    def observes(self, step: int) -> bool:
-        """Whether this step takes statistics."""
-        return self.cadence.observes(step)
-
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits the products of a layer, if any."""
         return fast_dtype(self.precision, self.layers[name].parameters[0])
 
     def _merged(
-        self, state: State, records: Sequence[Record]
+        self, state: State, records: Sequence[Record], shares: Mapping[str, Share]
     ) -> Iterable[tuple[str, LayerCurvature, Sequence[Capture]]]:
         """Every layer with its statistics merged, and what it saw; lazily, to hold the captures of one at a time."""
         n = _examples(records)
         together: Mapping[str, Stats] = {}
         captures: dict[str, list[Capture]] = {}
         if self.approximation.together:
-            captures = {name: self._seen(name, records) for name in self.layers if self._couples(name)}
+            captures = {
+                name: self._seen(name, records, shares[name]) if name in shares else []
+                for name in self.layers
+                if self._couples(name)
+            }
             together = self.approximation.observe_together(captures)
         for name in self.layers:
             approximation = self.of(name)
             if name in captures:
                 seen, new = captures[name], together.get(name, {})
             else:
-                seen = self._seen(name, records)
+                seen = self._seen(name, records, shares[name]) if name in shares else []
                 new = pool(approximation.observe(capture) for capture in seen)
             yield name, state[name].merge(approximation, new, self.decay, n) if new else state[name], seen
 
@@ -173,20 +171,20 @@ class Layerwise:
         """Whether a layer has the approximation itself, and not another one."""
         return self.of(name) == self.approximation
 
-    def _seen(self, name: str, records: Sequence[Record]) -> list[Capture]:
+    def _seen(self, name: str, records: Sequence[Record], share: Share) -> list[Capture]:
         """What a layer saw of the passes of a step, if any reached it: gradients of zero of those that did not."""
-        layer, fraction = self.layers[name], self.cadence.fraction
-        seen = [list(record.captures(layer, self.sharing, fraction)) for record in records]
+        layer = self.layers[name]
+        seen = [list(record.captures(layer, self.sharing, share)) for record in records]
         if not any(seen):
             return []
         passes = zip(records, seen, strict=True)
-        return [capture for record, own in passes for capture in own or [record.absent(layer, fraction)]]
+        return [capture for record, own in passes for capture in own or [record.absent(layer, share)]]
 
     def _renew(
         self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float, n: int
     ) -> LayerCurvature:
         dtype, approximation = self.fast(name), self.of(name)
-        if curvature.ready and (refreshes or not curvature.refreshed or not self.geometry.made(curvature.kind)):
+        if curvature.ready and (refreshes or (curvature.refreshed and not self.geometry.made(curvature.kind))):
             curvature = curvature.refresh(approximation, damping, name, self.geometry)
         if seen and curvature.refreshed and approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]

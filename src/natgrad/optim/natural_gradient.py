@@ -19,6 +19,7 @@ from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.masks import Mask
 from natgrad.optim.adamw import DEFAULTS, adamw_step
+from natgrad.optim.budget import Account, Budget, Plan, Turn
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.checkpoints import check_checkpoint, check_parameters, check_processes
 from natgrad.optim.clock import new_clock, remember
@@ -40,6 +41,7 @@ from natgrad.optim.proposal import (
     whole,
     without_blanks,
 )
+from natgrad.optim.scheduling import Schedule
 from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
@@ -67,10 +69,13 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: look ahead by one step of the momentum.
         weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
         decay: weight of the old statistics in the moving averages.
-        observe_every: steps between observations, default as it suits the approximation (4, or 1); the first steps
-            observe more often.
-        refresh_every: steps between new matrices, default as it suits the approximation (10; 20 for eigenbases); the
-            first steps refresh more often.
+        overhead: the share of a plain training step that curvature may take on average. From counted flops follow,
+            layer by layer, what share of examples and positions is observed, how often, and how often matrices are
+            renewed; the first steps included. ``None``: no limit. Settings below overrule it.
+        observe_every: steps between observations, at the least as it suits the approximation (4, or 1); the first
+            steps observe more often.
+        refresh_every: steps between new matrices, at the least as it suits the approximation (10; 20 for eigenbases);
+            the first steps refresh more often.
         observe_fraction: the share of the batch, its first examples, that statistics are taken on.
         staggered: spread the refreshes of the layers over the period.
         weight_sharing: ``"expand"`` or ``"reduce"`` for weights used at several positions.
@@ -115,9 +120,10 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: float = 0.85,
+        overhead: float | None = 0.2,
         observe_every: int | None = None,
         refresh_every: int | None = None,
-        observe_fraction: float = 1.0,
+        observe_fraction: float | None = None,
         staggered: bool = False,
         weight_sharing: Sharing = "expand",
         exclude: Iterable[str] = (),
@@ -138,8 +144,11 @@ class NaturalGradient(torch.optim.Optimizer):
         approximation = KFAC() if approximation is None else approximation
         step_size = Automatic() if step_size is None else step_size
         estimator = estimator or ("empirical" if likelihood is None else "sampled")
+        periods = {"observe": observe_every, "refresh": refresh_every, "fraction": observe_fraction}
+        given = frozenset(name for name, value in periods.items() if value is not None)
         refresh_every = getattr(approximation, "refresh_every", 1) if refresh_every is None else refresh_every
         observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
+        observe_fraction = 1.0 if observe_fraction is None else observe_fraction
         lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
         check_settings(locals())
         check_processes()
@@ -147,7 +156,10 @@ class NaturalGradient(torch.optim.Optimizer):
         check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
         self.step_size, self.damping = step_size, as_damping(damping)
-        self._curvature = Layerwise(approximation, {}, cadence, decay, weight_sharing, precision, self.damping)
+        self._curvature = Layerwise(approximation, {}, decay, weight_sharing, precision, self.damping)
+        free = overhead is None or math.isinf(overhead) or approximation.together or given >= {"observe", "refresh"}
+        budget = None if free or overhead is None else Budget(overhead, cadence, given)
+        self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
@@ -183,13 +195,13 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @property
     def observe_every(self) -> int:
-        """Steps from one observation to the next."""
-        return self._curvature.cadence.observe_every
+        """Steps from one observation to the next, of the layers that are observed most often."""
+        return min((turn.observe_every for turn in self._turns.values()), default=self._schedule.cadence.observe_every)
 
     @property
     def refresh_every(self) -> int:
-        """Steps from one refresh of the matrices to the next."""
-        return self._curvature.cadence.refresh_every
+        """Steps from one refresh of the matrices to the next, of the layers that are renewed most often."""
+        return min((turn.refresh_every for turn in self._turns.values()), default=self._schedule.cadence.refresh_every)
 
     def statistics(self) -> dict[str, float]:
         """Numbers to log, of the last step and in total; reading them may wait for the device."""
@@ -197,7 +209,7 @@ class NaturalGradient(torch.optim.Optimizer):
         kept = [self._kept(layer) for layer in self._curvature.layers.values()]
         directions = [state["momentum"] for state in kept if "momentum" in state]
         return {
-            **{name: float(value) for name, value in self._clock.items() if name != "memory"},
+            **{name: float(value) for name, value in self._clock.items() if name not in ("memory", "account")},
             **self._clock["memory"],
             **self._report,
             "damping": self._damping,
@@ -232,7 +244,8 @@ class NaturalGradient(torch.optim.Optimizer):
         found, held = self._covered, self._held()
         matrices = matrices_of(self.model, found, self._wide) if self._shampoo else {}
         others = [name for name, p in self.model.named_parameters() if id(p) not in held]
-        return str(report(self.model, found, self._curvature.approximation, matrices, self._now, others))
+        told = report(self.model, found, self._curvature.approximation, matrices, self._now, others, plan=self._plan)
+        return str(told)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
@@ -298,7 +311,11 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
-        curvature = self._advance(records)
+        account = self._schedule.counted(self._account, self._curvature.layers, records)
+        free = self._free
+        curvature = self._advance(records, account)
+        change = (self._now, curvature)
+        account = self._schedule.charged(account, self._curvature.layers, self.steps, free, bool(records), *change)
         layers = self._curvature.layers
         names = [name for name, c in curvature.items() if c.refreshed and layers[name].has_gradient]
         directions, averages, lr = self._directions({name: layers[name] for name in names}, curvature, records)
@@ -317,17 +334,19 @@ class NaturalGradient(torch.optim.Optimizer):
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
-        return Proposal(curvature, directions.D, averages, decision, read.get("drift", 0.0), lr)
+        return Proposal(curvature, directions.D, averages, decision, read.get("drift", 0.0), lr, account)
 
-    def _advance(self, records: list[Record]) -> State:
+    def _advance(self, records: list[Record], account: Account) -> State:
         started = time.perf_counter()
         geometry = self.step_size.geometry(self._clock["memory"])
         if geometry != self._curvature.geometry and not self._curvature.approximation.together:
             self._curvature = replace(self._curvature, geometry=geometry)
         state = self._curvature.filled(self._now, self._kept)
-        advanced = self._curvature.advance(state, records, self.steps, self._damping)
-        if self._curvature.observes(self.steps):
-            ready = [name for name, curvature in advanced.items() if curvature.ready]
+        due = self._schedule.due(account, self._curvature.layers, self.steps, self._free)
+        advanced = self._curvature.advance(state, records, due, self._damping)
+        if self._watches(account):
+            recorded = {name for record in records for name in record.calls} - due.observe.keys()
+            ready = [name for name, curvature in advanced.items() if curvature.ready or name in recorded]
             self._watch(self.model, self._covered, ready, self.param_groups)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
@@ -378,6 +397,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._now = proposal.curvature
         self._clock["averaged"] = int(proposal.averages is not None)
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
+        if proposal.account is not None and proposal.account is not self._account:
+            self._clock["account"] = self._schedule.saved(proposal.account)
         if not self._engine.inventory.facts and not any(group["lr"] for group in self.param_groups):
             self._foresee()
 
@@ -406,6 +427,29 @@ class NaturalGradient(torch.optim.Optimizer):
         shampoo_step([p for p in parameters if id(p) in matrices], self.state, group, self._wide)
 
     # Helpers.
+
+    @property
+    def _free(self) -> bool:
+        """Whether passes are observed anyway."""
+        return self.step_size.needs_samples(self._clock["memory"])
+
+    @property
+    def _account(self) -> Account:
+        return self._schedule.account(self._clock["account"])
+
+    def _watches(self, account: Account) -> bool:
+        """Whether the coming step observes."""
+        return self._schedule.watches(account, self._curvature.layers, self.steps, self._free)
+
+    @property
+    def _plan(self) -> Plan | None:
+        """The plan under a budget."""
+        return self._schedule.plan(self._account, self._curvature.layers, self._free)
+
+    @property
+    def _turns(self) -> Mapping[str, Turn]:
+        """That for every layer."""
+        return self._plan.turns if self._plan is not None else {}
 
     @property
     def _damping(self) -> float:
@@ -481,8 +525,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
-        samples = self.step_size.needs_samples(self._clock["memory"])
-        self._engine.armed = samples or self._curvature.observes(self.steps)
+        self._engine.armed = self._free or self._watches(self._account)
         self._engine.attach()
         self._engine.begin()
         if self._engine.labels is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers import Layer, View
+from natgrad.optim.budget import Account
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.layerwise import State
 from natgrad.optim.step_size import Decision
@@ -23,7 +24,7 @@ class Proposal:
     """Everything a step would change, computed before anything is.
 
     ``moves`` are the directions D of the layers, as blocks; ``averages`` their averaged gradients, where D comes from
-    these.
+    these. ``account`` is what curvature has cost, under a budget.
     """
 
     curvature: State
@@ -32,6 +33,7 @@ class Proposal:
     decision: Decision
     drift: float
     lr: float
+    account: Account | None = None
 
 
 @dataclass(frozen=True)

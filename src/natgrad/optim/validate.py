@@ -77,6 +77,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     number("weight_decay", settings["weight_decay"], 0)
     number("decay", settings["decay"], 0, 1)
     number("observe_fraction", settings["observe_fraction"], 0, 1.0000001, open_low=True)
+    if settings["overhead"] is not None and settings["overhead"] != float("inf"):
+        number("overhead", settings["overhead"], 0, open_low=True)
     for name in ("observe_every", "refresh_every", "draws"):
         whole(name, settings[name], 1)
     if settings["batch_dim"] is not None:
