@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad import KFAC
 from natgrad.matrix import Dense, Diagonal, Kronecker, Matrix, OneSided, Rows
-from natgrad.matrix.whitening import polar, whitening
+from natgrad.matrix.whitening import dual, polar, steepest, whitened
 from natgrad.optim.geometry import INVERSE, NO_ROOT, ROOT, Natural
 from natgrad.optim.geometry import Spectral as SpectralNorm
 from oracles import assert_equal
@@ -48,18 +48,23 @@ def cases() -> dict[str, tuple[Matrix, Tensor]]:
         "diagonal side": (Kronecker(G, column), kron(shifted(G), shifted(torch.diag_embed(column.squeeze(-1))))),
         "spectral": (kronecker.spectral(), kron(shifted(G), shifted(A))),
         "one-sided": (OneSided(A, (OUT, IN)), kron(eye, shifted(A))),
+        "left side": (
+            OneSided(G, (OUT, IN), "left"),
+            kron(shifted(G), torch.eye(IN, dtype=G.dtype).expand(GROUPS, -1, -1)),
+        ),
         "rows": (Rows(rows), blocks),
         "diagonal": (Diagonal(values), torch.diag_embed(values.flatten(1) + least)),
     }
 
 
 @pytest.mark.parametrize("name", cases())
-def test_the_whitening_map_is_the_inverse_root_of_the_damped_matrix(name: str) -> None:
+def test_the_metric_is_that_of_the_damped_inverse(name: str) -> None:
     matrix, damped = cases()[name]
-    S = whitening(matrix, DAMPING)
+    X, Y = torch.randn(2, GROUPS, OUT, IN, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    S = whitened(matrix, DAMPING)
     assert S is not None
-    assert_equal(S.dense() @ damped @ S.dense(), torch.eye(OUT * IN, dtype=torch.float64).expand(GROUPS, -1, -1), 1e-9)
-    assert_equal(S.dense().mT, S.dense(), 1e-10)
+    expected = (X.flatten(1) * torch.linalg.solve(damped, Y.flatten(1))).sum()
+    assert_equal(dual(S, X, Y), expected, 1e-9)
 
 
 @pytest.mark.parametrize("name", cases())
@@ -111,7 +116,7 @@ def test_the_polar_factor_of_zero_is_zero() -> None:
 def test_a_matrix_without_a_root_keeps_its_inverse_under_either_geometry() -> None:
     X = psd(OUT * IN, 4)
     matrix = Dense(X, (OUT, IN))
-    assert whitening(matrix, DAMPING) is None
+    assert whitened(matrix, DAMPING) is None
     S, kind = SpectralNorm().prepare(KFAC(), matrix, 1.0)
     inverse, natural = Natural().prepare(KFAC(), matrix, 1.0)
     assert (kind, natural) == (NO_ROOT, INVERSE)
@@ -119,12 +124,12 @@ def test_a_matrix_without_a_root_keeps_its_inverse_under_either_geometry() -> No
     assert SpectralNorm().made(kind) and not Natural().made(kind)
 
 
-def test_the_unit_of_a_matrix_changes_its_whitening_by_a_number_alone() -> None:
-    matrix = Kronecker(psd(OUT, 1), psd(IN, 2))
+def test_the_unit_of_a_matrix_changes_its_direction_by_a_number_alone() -> None:
+    matrix, M = Kronecker(psd(OUT, 1), psd(IN, 2)), torch.randn(GROUPS, OUT, IN, dtype=torch.float64)
     larger = Kronecker(1e6 * matrix.left, 1e-3 * matrix.right)
-    S, T = whitening(matrix, DAMPING), whitening(larger, DAMPING)
+    S, T = whitened(matrix, DAMPING), whitened(larger, DAMPING)
     assert S is not None and T is not None
-    assert_equal(T.dense() * 1e3**0.5, S.dense(), 1e-10)
+    assert_equal(steepest(T, 1e4 * M) * 1e3**0.5, steepest(S, M), 1e-10)
 
 
 @pytest.mark.parametrize("wrong", [{"damping": 0.0}, {"damping": float("inf")}, {"iterations": 0}])

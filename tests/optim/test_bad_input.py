@@ -98,7 +98,7 @@ def test_a_group_with_a_setting_out_of_range_is_refused(settings: Any) -> None:
         optimizer_of(model, groups=[{"params": model[0].parameters(), **settings}])
 
 
-@pytest.mark.parametrize("step_size", [Automatic(), QuadraticModel()])
+@pytest.mark.parametrize("step_size", [ExactQuadraticModel(), QuadraticModel()])
 def test_a_policy_that_reads_samples_refuses_a_step_without_a_forward_pass_in_training_mode(step_size: Any) -> None:
     model = network()
     optimizer = optimizer_of(model, step_size=step_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from training import batch, network, optimizer_of, train, values, weights
 
-from natgrad import Automatic, Constant, KLLimit, NaturalGradient
+from natgrad import Constant, KLLimit, NaturalGradient, QuadraticModel
 from oracles import assert_equal
 
 BATCHES = [batch(step) for step in range(12)]
@@ -114,7 +114,7 @@ def test_a_compiled_function_around_the_model_breaks_its_graph_there_when_a_step
 
 
 def test_a_policy_that_reads_every_step_never_compiles() -> None:
-    assert not any(Run(network, "around, after", step_size=Automatic()).compiled)
+    assert not any(Run(network, "around, after", step_size=QuadraticModel()).compiled)
 
 
 def test_parameters_of_a_compiled_model_have_their_own_names() -> None:
@@ -141,10 +141,10 @@ def _around(model: nn.Module) -> Callable[[Tensor], Any]:
 @pytest.mark.parametrize("make", [network, Written])
 def test_a_model_compiled_as_one_graph_trains_and_a_graph_around_it_is_refused_by_name(make: Any) -> None:
     model, plain = make(), make()
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, step_size=QuadraticModel())
     model.compile(backend="eager", fullgraph=True)
     train(model, optimizer, BATCHES[:3])
-    train(plain, optimizer_of(plain), BATCHES[:3])
+    train(plain, optimizer_of(plain, step_size=QuadraticModel()), BATCHES[:3])
     for found, expected in zip(values(model), values(plain), strict=True):
         assert_equal(found, expected, 1e-10)
     around: Any = torch.compile(_around(model), backend="eager", fullgraph=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -105,11 +105,13 @@ def test_it_lowers_the_loss_and_is_not_its_base(approximation: Approximation) ->
     assert not same(train(base, optimizer_of(base, inner), [batch(step, 64) for step in range(24)])[1:3], losses[1:3])
 
 
-@pytest.mark.parametrize("policy", [QuadraticModel(), Automatic()], ids=["quadratic model", "automatic"])
+@pytest.mark.parametrize(
+    "policy", [QuadraticModel(), Automatic(look=1, agreement=0.0)], ids=["quadratic model", "automatic"]
+)
 def test_layers_that_are_joined_have_one_length(policy: Any) -> None:
     """The ratio of the layers is the map's business: without lengths of their own the run is the same."""
     quadratic = QuadraticModel(per_layer=False)
-    without = quadratic if isinstance(policy, QuadraticModel) else Automatic(precise=quadratic)
+    without = quadratic if isinstance(policy, QuadraticModel) else replace(policy, precise=quadratic)
     for approximation, alike in ((TwoLevel(form="residual"), True), (KFAC(), False)):
         own, common = network(), network()
         train(own, optimizer_of(own, approximation, step_size=policy), batches_of())
@@ -194,8 +196,8 @@ class Failing(TwoLevel):
 
 def test_without_a_joint_map_the_layers_are_stepped_by_the_base_alone() -> None:
     alone, failing = network(), network()
-    train(alone, optimizer_of(alone, KFAC()), batches_of())
-    train(failing, optimizer_of(failing, Failing()), batches_of())
+    train(alone, optimizer_of(alone, KFAC(), step_size=QuadraticModel()), batches_of())
+    train(failing, optimizer_of(failing, Failing(), step_size=QuadraticModel()), batches_of())
     assert same(values(failing), values(alone))
 
 
@@ -203,7 +205,7 @@ def test_without_a_joint_map_the_layers_are_stepped_by_the_base_alone() -> None:
 def test_a_model_in_float32_and_in_bfloat16(approximation: Approximation) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = network().to(dtype)
-        optimizer = optimizer_of(model, approximation)
+        optimizer = optimizer_of(model, approximation, step_size=QuadraticModel())
         data = [(x.to(dtype), y) for x, y in (batch(step, 64) for step in range(12))]
         losses = train(model, optimizer, data)
         assert torch.stack(losses[-3:]).mean() < losses[0]

@@ -106,7 +106,7 @@ def test_the_update_of_a_shared_weight_by_its_formula() -> None:
     """D = (S + sqrt(lambda)/pi)^-1 M (P + pi sqrt(lambda))^-1 with pi = sqrt(mean P / mean eigenvalue of S)."""
     torch.manual_seed(0)
     model, ((x, y),), damping = Language(), batches(1), 0.03
-    settings = {"estimator": "exact", "step_size": Constant(), "lr": 0.1, "damping": damping}
+    settings = {"estimator": "exact", "step_size": Constant(), "lr": 0.1, "damping": damping, "overhead": None}
     optimizer = NaturalGradient(model, likelihood=Categorical(class_dim=1), **settings)  # type: ignore[arg-type]
     before = deepcopy(model)
     train(model, optimizer, [(x, y)])
@@ -193,7 +193,7 @@ def test_other_policies_see_both_uses_and_the_shared_positions(step_size: natgra
 def test_the_empirical_fisher_of_a_tied_model_trains() -> None:
     torch.manual_seed(0)
     model = Language()
-    losses = train(model, NaturalGradient(model, EKFAC()), batches(60))
+    losses = train(model, NaturalGradient(model, EKFAC(), step_size=QuadraticModel()), batches(60))
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -241,7 +241,7 @@ def test_a_side_above_the_limit_is_diagonal_and_the_table_says_so(wide: int | No
 def test_a_head_of_50_000_outputs_has_no_impossible_factor() -> None:
     model = nn.Sequential(nn.Linear(4, 50_000)).float()
     x, y = torch.randn(8, 4, dtype=torch.float32), torch.randint(50_000, (8,))
-    optimizer = NaturalGradient(model, likelihood=Categorical(class_dim=1))
+    optimizer = NaturalGradient(model, likelihood=Categorical(class_dim=1), step_size=QuadraticModel())
     losses = train(model, optimizer, [(x, y)] * 12)
     assert losses[-1] < 0.1 * losses[0]
     assert "G diagonal: 50,000 outputs" in str(optimizer)

@@ -105,14 +105,14 @@ def inverse_roots(matrix: Matrix, damping: float = 0.0, root: Root = eigh_root) 
     with a known spectrum by powers of it. ``ValueError`` for any other matrix.
     """
     if isinstance(matrix, OneSided):
-        half, inverse = _side(root, matrix.factor, matrix.ridge(damping))
+        half, inverse = root_of_side(matrix.factor, matrix.ridge(damping), root)
         return replace(matrix, factor=inverse, eps=0.0), replace(matrix, factor=half, eps=0.0)
     if isinstance(matrix, Rows):
         half, inverse = root(matrix.values, matrix.ridge(damping))
         return Rows(inverse), Rows(half)
     if isinstance(matrix, Kronecker) and isinstance(matrix.rule, FactoredRule):
         left, right = matrix.rule.shifts(matrix, damping)
-        (G, G_inverse), (A, A_inverse) = _side(root, matrix.left, left), _side(root, matrix.right, right)
+        (G, G_inverse), (A, A_inverse) = root_of_side(matrix.left, left, root), root_of_side(matrix.right, right, root)
         return Kronecker(G_inverse, A_inverse), Kronecker(G, A)
     inverted = matrix.inverse(damping)
     if isinstance(inverted, (Spectral, Diagonal)):
@@ -120,7 +120,7 @@ def inverse_roots(matrix: Matrix, damping: float = 0.0, root: Root = eigh_root) 
     raise ValueError(f"no square root for a {type(matrix).__name__} matrix")
 
 
-def _side(root: Root, X: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def root_of_side(X: Tensor, shift: Tensor, root: Root = eigh_root) -> tuple[Tensor, Tensor]:
     """Both roots of one side of a Kronecker product, which may be a column."""
     if not is_column(X) or X.shape[-2] == 1:
         return root(X, shift)

@@ -15,9 +15,11 @@ from torch.utils.flop_counter import flop_registry
 from natgrad.capture import Capture
 from natgrad.fishers import Approximation
 from natgrad.layers import Layer
+from natgrad.optim.geometry import Geometry, Natural
 from natgrad.sparse import Sparse, SparseCapture
 
 aten = torch.ops.aten
+_NATURAL = Natural()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Work:
     fixed: float
 
 
-def work(approximation: Approximation, layer: Layer, examples: int, positions: int) -> Work | None:
+def work(
+    approximation: Approximation, layer: Layer, examples: int, positions: int, geometry: Geometry = _NATURAL
+) -> Work | None:
     """That of a layer, and of an observation of so many examples; ``None`` if what is done depends on the data."""
     *groups, out, width = layer.shape
     rows = examples * positions
@@ -84,11 +88,11 @@ def work(approximation: Approximation, layer: Layer, examples: int, positions: i
             stats = approximation.merge(None, approximation.observe(seen), 0.0)
             observe = counting.slow
             matrix = approximation.assemble(stats)
-            approximation.invert(matrix, 1.0)
+            geometry.prepare(approximation, matrix, 1.0)
             refresh = counting.slow - observe
             if approximation.corrects:
                 before = counting.slow
-                approximation.invert(approximation.correct(matrix, [seen], 0.5), 1.0)
+                geometry.prepare(approximation, approximation.correct(matrix, [seen], 0.5), 1.0)
                 observe += counting.slow - before
         except (NotImplementedError, RuntimeError):
             return None

@@ -17,7 +17,7 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
-from natgrad.optim.geometry import INVERSE, ROOT, Geometry, Natural
+from natgrad.optim.geometry import INVERSE, Geometry, Natural, metric
 
 _COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "kind")
 
@@ -155,9 +155,7 @@ class LayerCurvature:
 
     def metric(self, X: Tensor, Y: Tensor) -> Tensor:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""
-        SX, SY = self.inverse @ X, self.inverse @ Y
-        left = (SX, SX, SY) if self.kind == ROOT else (X, X, Y)
-        return torch.stack([(a * b).sum() for a, b in zip(left, (SY, SX, SY), strict=True)])
+        return torch.stack([metric(self.inverse, self.kind, *pair) for pair in ((X, Y), (X, X), (Y, Y))])
 
     def _assembled(
         self,

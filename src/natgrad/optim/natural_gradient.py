@@ -338,9 +338,6 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _advance(self, records: list[Record], account: Account) -> State:
         started = time.perf_counter()
-        geometry = self.step_size.geometry(self._clock["memory"])
-        if geometry != self._curvature.geometry and not self._curvature.approximation.together:
-            self._curvature = replace(self._curvature, geometry=geometry)
         state = self._curvature.filled(self._now, self._kept)
         due = self._schedule.due(account, self._curvature.layers, self.steps, self._free)
         advanced = self._curvature.advance(state, records, due, self._damping)
@@ -525,6 +522,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
+        geometry = self.step_size.geometry(self._clock["memory"])
+        if geometry != self._curvature.geometry and not self._curvature.approximation.together:
+            self._curvature, self._schedule.geometry = replace(self._curvature, geometry=geometry), geometry
         self._engine.armed = self._free or self._watches(self._account)
         self._engine.attach()
         self._engine.begin()

@@ -11,6 +11,7 @@ from natgrad.layers import Layer
 from natgrad.optim.budget import Account, Budget, Load, Plan
 from natgrad.optim.cadence import Cadence, Due
 from natgrad.optim.cost import work
+from natgrad.optim.geometry import Geometry, Natural
 from natgrad.optim.layerwise import State
 from natgrad.record import Record
 
@@ -19,13 +20,14 @@ from natgrad.record import Record
 class Schedule:
     """What is due at a step, for a ``cadence`` or a ``budget``; plans are kept as long as what they follow from.
 
-    ``samples``: whether an observation takes a backward pass of its own.
+    ``samples``: whether an observation takes a backward pass of its own; ``geometry``: what a refresh prepares.
     """
 
     approximation: Approximation
     cadence: Cadence
     budget: Budget | None = None
     samples: bool = False
+    geometry: Geometry = Natural()
 
     def __post_init__(self) -> None:
         """Nothing is known."""
@@ -55,7 +57,7 @@ class Schedule:
         """The plan for layers whose sizes are known; ``free``: backward passes for samples are made anyway."""
         if self.budget is None:
             return None
-        key = (account.seen, layers, free)
+        key = (account.seen, layers, free, self.geometry)
         if self._plan[1] is None or any(old is not new for old, new in zip(self._plan[0], key, strict=True)):
             loads = self._loads(account, layers, free or not self.samples)
             self._plan = key, self.budget.plan(loads)
@@ -117,7 +119,7 @@ class Schedule:
 
     def _load(self, layer: Layer, examples: int, positions: int, seeds: int) -> Load | None:
         approximation = for_layer(self.approximation, layer.kind)
-        one = work(approximation, layer, examples, positions) if approximation.reads != "all" else None
+        one = work(approximation, layer, examples, positions, self.geometry) if approximation.reads != "all" else None
         if one is None:
             return None
         sides = [size for size, diagonal in zip(layer.shape[-2:], layer.diagonal, strict=True) if not diagonal]
