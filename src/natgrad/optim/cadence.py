@@ -18,6 +18,11 @@ class Cadence:
     fraction: float = 1.0
     staggered: bool = False
 
+    @property
+    def patience(self) -> int:
+        """For how many steps refreshes may fail before the old inverse serves no more."""
+        return 2 * self.refresh_every
+
     def observes(self, step: int) -> bool:
         """Whether this step takes statistics."""
         return step % self.observe_every == 0 or self._warms_up(step)

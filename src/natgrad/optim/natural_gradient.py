@@ -86,7 +86,8 @@ class NaturalGradient(torch.optim.Optimizer):
             the block is large) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
         seed: of the drawn labels.
-        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it.
+        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it; a layer whose
+            matrix cannot be factorised then raises ``FactorisationError``.
         calls: names of methods of the model, other than ``forward``, whose calls are passes too.
         observe_in_eval: observe passes in ``eval()`` mode too.
         batch_dim: the dimension of the examples in the first tensor that the model is given, ``None`` to find out by
@@ -205,6 +206,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "direction_norm": norm(directions),
             "retries": float(sum(c.retries for c in self._now.values())),
             "failures": float(sum(c.failures for c in self._now.values())),
+            "aside": float(sum(c.aside for c in self._now.values())),
             **self._now.numbers(),
         }
 
@@ -263,7 +265,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """One step, after evaluating the closure once if there is one. All is computed first, then applied or not.
 
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
-        Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
+        A matrix that cannot be factorised leaves its layer with the old inverse for a while, then to AdamW, with a
+        warning, until a refresh succeeds; ``statistics()`` counts these as ``failures`` and ``aside``.
         """
         loss = evaluate(closure, self._restart)
         with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
@@ -312,6 +315,7 @@ class NaturalGradient(torch.optim.Optimizer):
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):
             return None
+        self._watch.fallen({n: c.reason for n, c in curvature.items() if c.aside}, self._now)
         capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
@@ -323,7 +327,7 @@ class NaturalGradient(torch.optim.Optimizer):
         state = self._curvature.filled(self._now, self._kept)
         advanced = self._curvature.advance(state, records, self.steps, self._damping)
         if self._curvature.observes(self.steps):
-            ready = [name for name, curvature in advanced.items() if curvature.ready]
+            ready = [name for name, curvature in advanced.items() if curvature.ready or curvature.wide]
             self._watch(self.model, self._covered, ready, self.param_groups)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started
