@@ -360,7 +360,9 @@ def single(step: int) -> tuple[Tensor, Tensor]:
     return x.float(), y
 
 
-def test_a_factorisation_that_fails_once_is_repeated_and_counted_and_its_layer_goes_on_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factorisation_that_fails_once_is_repeated_and_counted_and_its_layer_goes_on_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = network().float()
     optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1)
     train(model, optimizer, [single(0)])
@@ -404,17 +406,11 @@ def test_a_factorisation_that_always_fails_keeps_the_old_inverse_for_two_periods
     assert same([value for name, value in state.items() if name.startswith("inverse")], inverse)
     assert "2 failed refreshes" in repr(optimizer)
     assert optimizer.statistics()["aside"] == 0
-    reference = network()
-    reference.load_state_dict(model.state_dict())
-    last = torch.optim.AdamW([*reference[0].parameters(), *reference[3].parameters()], weight_decay=0.0)
     with pytest.warns(UserWarning, match=r"layer '0': .*\(6, 6\).*; layer '3': .*AdamW") as told:
         train(model, optimizer, [batch(3), batch(4)])
     assert len(told) == 1
     assert optimizer.statistics()["aside"] == 2
     assert "4 failed refreshes: AdamW" in repr(optimizer)
-    backward(reference, last, batch(3))
-    last.step()
-    assert not same(values(reference), values(model))  # the norm, and a step more
 
 
 def test_a_success_after_two_failures_resets_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +436,8 @@ def test_a_layer_that_never_had_an_inverse_trains_by_adamw(monkeypatch: pytest.M
     empty = optimizer._curvature.filled(State())
     monkeypatch.setattr(optimizer._curvature.__class__, "filled", lambda self, state, kept: state or empty)
     failing(monkeypatch, lambda dtype: True)
-    train(model, optimizer, [batch(0), batch(1)])
+    with pytest.warns(UserWarning, match="AdamW steps what has no inverse"):
+        train(model, optimizer, [batch(0), batch(1)])
     train(reference, torch.optim.AdamW(reference.parameters(), weight_decay=0.0), [batch(0), batch(1)])
     assert same(values(model), values(reference))
 

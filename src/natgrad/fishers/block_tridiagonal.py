@@ -90,8 +90,8 @@ class Link(Kronecker):
 
     def floored(self, eps: float) -> Self:
         """A floor under each factor, also of the next layer."""
-        following = {"G_next": factor.floored(self.G_next, eps), "A_next": factor.floored(self.A_next, eps)}
-        return replace(super().floored(eps), **following)
+        G_next, A_next = factor.floored(self.G_next, eps), factor.floored(self.A_next, eps)
+        return replace(super().floored(eps), G_next=G_next, A_next=A_next)
 
     def inverse(self, damping: float) -> LinkMap:  # type: ignore[override]
         """Psi_i and Sigma_i^-1, under factored damping."""

@@ -196,7 +196,7 @@ class LayerCurvature:
             start = f"{kind}."
             return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
 
-        counters = {name: int(state[name]) for name in _COUNTERS}
+        counters: dict[str, Any] = {name: int(state[name]) for name in _COUNTERS}
         inverse = self.inverse.with_tensors(tensors("inverse"))
         if inverse.shape != self.inverse.shape:
             misshapen.add("inverse")

@@ -25,7 +25,8 @@ class Watch:
     """Says, once for each, which parameters have gradients and no curvature, and which nothing steps.
 
     A warning for what no pass was seen to use, for what nothing steps and for layers whose curvature cannot be
-    factorised; with ``strict`` a ``RuntimeError``, for parameters whose use has no rule, too. ``elsewhere`` names parameters that another optimizer steps.
+    factorised; with ``strict`` a ``RuntimeError``, for parameters whose use has no rule, too. ``elsewhere`` names
+    parameters that another optimizer steps.
     """
 
     def __init__(self, strict: bool, elsewhere: Iterable[str] = ()) -> None:
