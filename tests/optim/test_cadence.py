@@ -55,7 +55,7 @@ def test_what_is_measured_in_a_new_basis_starts_anew_where_it_is_seeded(carry: A
     for number, capture in enumerate(seen):
         layer = layer.merge(approximation, approximation.observe(capture), 0.99)
         if number % 2 == 0:
-            layer = layer.refresh(approximation, 0.1, "layer")
+            layer = layer.refresh(approximation, 0.1)
             assert isinstance(layer.matrix, Spectral)
             start = layer.matrix.values
         layer = layer.correct(approximation, [capture] * draws, 0.99, 0.1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from natgrad.capture import Capture
 from natgrad.fishers.base import Coupled, Part
 from natgrad.fishers.kfac import KFAC
 from natgrad.fishers.statistics import Mean, Stats, pool
-from natgrad.matrix import Factored, FactorisationError, Kronecker, LinearMap, Matrix, NetworkMap
+from natgrad.matrix import Factored, FactorisationError, Kronecker, LinearMap, Matrix, NetworkMap, factor
 from natgrad.matrix.base import check_damping
 from natgrad.matrix.factorise import cholesky_inverse, eigh, shifted
 
@@ -86,6 +87,11 @@ class Link(Kronecker):
     A_next: Tensor
     G_cross: Tensor
     A_cross: Tensor
+
+    def floored(self, eps: float) -> Self:
+        """A floor under each factor, also of the next layer."""
+        G_next, A_next = factor.floored(self.G_next, eps), factor.floored(self.A_next, eps)
+        return replace(super().floored(eps), G_next=G_next, A_next=A_next)
 
     def inverse(self, damping: float) -> LinkMap:  # type: ignore[override]
         """Psi_i and Sigma_i^-1, under factored damping."""

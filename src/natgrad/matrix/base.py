@@ -55,6 +55,11 @@ class Matrix(LinearMap):
     def trace(self) -> Tensor:
         """The trace, of shape (*groups)."""
 
+    def floored(self, eps: float) -> Self:
+        """The same with eps tr(X) I added to every X that its inverse factorises: of the size of what rounding leaves
+        of a sum of outer products in a precision of ``eps``. By default itself."""
+        return self
+
     def norm(self) -> Tensor:
         """The Frobenius norm, of shape (*groups); where a class does not know better, of the matrix written out."""
         return torch.linalg.matrix_norm(self.dense())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from natgrad.matrix.base import Matrix, check_damping
+from natgrad.matrix.factor import floored
 from natgrad.matrix.factorise import cholesky_inverse
 
 
@@ -38,6 +40,10 @@ class Dense(Matrix):
     def inverse(self, damping: float) -> Dense:
         """(F + damping I)^-1 through Cholesky."""
         return Dense(cholesky_inverse(self.values, check_damping(damping)), self.block)
+
+    def floored(self, eps: float) -> Self:
+        """A floor under F."""
+        return replace(self, values=floored(self.values, eps))
 
     def trace(self) -> Tensor:
         """The sum of the diagonal."""

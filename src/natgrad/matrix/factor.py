@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from natgrad.matrix.factorise import FactorisationError, cholesky_inverse, eigh
+from natgrad.matrix.factorise import FactorisationError, cholesky_inverse, eigh, shifted
 
 
 def is_column(X: Tensor) -> bool:
@@ -47,9 +47,14 @@ def mean_eigenvalue(X: Tensor) -> Tensor:
     return X.mean((-2, -1)) if is_column(X) else X.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
+def floored(X: Tensor, eps: float) -> Tensor:
+    """X + eps tr(X) I; a diagonal one is itself, since sums of squares keep their digits."""
+    return X if _diagonal(X) else shifted(X, eps * trace(X))
+
+
 def inverse(X: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     """(X + shift I)^-1 of the same kind, for PSD X and a shift (*groups); ``FactorisationError`` where it has none."""
-    if X.shape[-1] == X.shape[-2] or not is_column(X):
+    if not _diagonal(X):
         return cholesky_inverse(X, shift)
     values = X + (shift[..., None, None] if isinstance(shift, Tensor) else shift)
     if not ((values > 0) & torch.isfinite(values)).all():
@@ -59,7 +64,7 @@ def inverse(X: Tensor, shift: Tensor | float = 0.0) -> Tensor:
 
 def spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (*groups, d) and an eigenbasis of the same kind: the identity for a column."""
-    if X.shape[-1] == X.shape[-2] or not is_column(X):
+    if not _diagonal(X):
         return eigh(X)
     if not torch.isfinite(X).all():
         raise FactorisationError(f"a diagonal factor of {X.shape[-2]} values is not finite")
@@ -69,3 +74,8 @@ def spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
 def full(X: Tensor) -> Tensor:
     """X as a matrix (*groups, d, d)."""
     return torch.diag_embed(X.squeeze(-1)) if is_column(X) else X
+
+
+def _diagonal(X: Tensor) -> bool:
+    """Whether X is a column and not a matrix too, as for d = 1."""
+    return is_column(X) and X.shape[-2] > 1

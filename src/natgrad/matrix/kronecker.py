@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ class Kronecker(Matrix):
     def inverse(self, damping: float) -> Kronecker | Spectral:
         """The inverse under ``rule``; by default sqrt(damping) on each factor, balanced by their traces."""
         return self.rule.invert(self, damping)  # type: ignore[return-value]
+
+    def floored(self, eps: float) -> Self:
+        """A floor under each factor."""
+        return replace(self, left=factor.floored(self.left, eps), right=factor.floored(self.right, eps))
 
     def trace(self) -> Tensor:
         """tr(G) tr(A)."""

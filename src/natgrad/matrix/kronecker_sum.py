@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from natgrad.matrix import factor
 from natgrad.matrix.base import Matrix
 from natgrad.matrix.congruence import Congruence
 from natgrad.matrix.damping import Factored, FactoredRule
@@ -97,6 +98,10 @@ class KroneckerSum(Matrix):
             (torch.einsum("...op,...ij->...oipj", *term).reshape(*self.shape[:-2], size, size) for term in terms),
             start=self.left.new_zeros(()),
         )
+
+    def floored(self, eps: float) -> Self:
+        """A floor under each factor of the first product."""
+        return replace(self, left=factor.floored(self.left, eps), right=factor.floored(self.right, eps))
 
     def trace(self) -> Tensor:
         """tr(S) tr(R) + tr(Q) tr(P)."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from natgrad.matrix.base import Matrix, check_damping
-from natgrad.matrix.factor import full, inverse, left_times, times_right, trace
+from natgrad.matrix.factor import floored, full, inverse, left_times, times_right, trace
 from natgrad.matrix.kronecker import Kronecker
 from natgrad.matrix.spectral import Spectral
 
@@ -52,6 +52,10 @@ class OneSided(Matrix):
     def inverse(self, damping: float) -> OneSided:
         """(F + (eps tr X + damping) I)^-1, through one Cholesky factorisation of X: d^3 flops."""
         return replace(self, factor=inverse(self.factor, self.ridge(damping)), eps=0.0)
+
+    def floored(self, eps: float) -> Self:
+        """A floor under X."""
+        return replace(self, factor=floored(self.factor, eps))
 
     def trace(self) -> Tensor:
         """out tr X or in tr X."""

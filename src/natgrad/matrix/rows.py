@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from natgrad.matrix.base import Matrix, check_damping
+from natgrad.matrix.factor import floored
 from natgrad.matrix.factorise import cholesky_inverse
 
 
@@ -43,6 +45,10 @@ class Rows(Matrix):
     def inverse(self, damping: float) -> Rows:
         """(R_j + (eps tr R_j + damping) I)^-1 for every row, through Cholesky."""
         return replace(self, values=cholesky_inverse(self.values, self.ridge(damping)), eps=0.0)
+
+    def floored(self, eps: float) -> Self:
+        """A floor under every R_j."""
+        return replace(self, values=floored(self.values, eps))
 
     def trace(self) -> Tensor:
         """The sum of the rows' traces."""

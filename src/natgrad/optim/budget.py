@@ -187,7 +187,9 @@ class Plan:
             known = "refresh" not in budget.given and (seen >= 0 or name in observe)
             if known and self._renewed(turn, step, name, layers) > renewed and purse.pays(turn.refresh):
                 refresh.append(name)
-        return Due(observe, refresh, [n for n in layers if n not in self.turns or "refresh" in budget.given])
+        patience = 2 * max((turn.refresh_every for turn in self.turns.values()), default=budget.cadence.refresh_every)
+        at_once = [n for n in layers if n not in self.turns or "refresh" in budget.given]
+        return Due(step, observe, refresh, at_once, patience)
 
     def charged(
         self, account: Account, step: int, asked: Collection[str], observed: Sequence[str], refreshed: Sequence[str]

@@ -10,14 +10,17 @@ from natgrad.record import Share
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done at a step: a share of which layers is observed, and which matrices are renewed.
+    """What is to be done at a ``step``: a share of which layers is observed, and which matrices are renewed.
 
-    Layers ``at_once`` are refreshed as soon as they have been observed for the first time.
+    Layers ``at_once`` are refreshed as soon as they have been observed for the first time. After ``patience`` steps of
+    refreshes that fail an old inverse serves no more.
     """
 
+    step: int
     observe: Mapping[str, Share]
     refresh: Collection[str]
     at_once: Collection[str] = ()
+    patience: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Cadence:
         """What is due at a step, whatever it costs."""
         observed: Iterable[str] = layers if self.observes(step) else ()
         refreshed = [name for k, name in enumerate(layers) if self.refreshes(step, k, len(layers))]
-        return Due(dict.fromkeys(observed, Share(self.fraction)), refreshed, layers)
+        return Due(step, dict.fromkeys(observed, Share(self.fraction)), refreshed, layers, 2 * self.refresh_every)
 
     def observes(self, step: int) -> bool:
         """Whether this step takes statistics."""

@@ -175,12 +175,20 @@ def _as_it_stands(row: Row, now: LayerCurvature | None) -> Row:
     """The row of a layer once training has begun, or is about to."""
     if now is None:
         return replace(row, why=f"{row.why}; not seen yet", cost=row.cost and replace(row.cost, memory=0))
+    if now.aside:
+        return replace(row, rule="AdamW", structure="-", why=f"{row.why}; {_failed(now)}: AdamW", cost=None)
     if not now.refreshed:
         return replace(row, rule="AdamW", structure="-", why=f"{row.why}; not seen: AdamW", cost=None)
     if now.failures:
-        row = replace(row, why=f"{row.why}; {now.failures} failed refreshes")
+        row = replace(row, why=f"{row.why}; {_failed(now)}")
+    if now.wide:
+        row = replace(row, why=f"{row.why}; in float64")
     memory = size(value for value in now.state().values() if isinstance(value, Tensor))
     return replace(row, cost=row.cost and replace(row.cost, memory=memory))
+
+
+def _failed(now: LayerCurvature) -> str:
+    return "1 failed refresh" if now.failures == 1 else f"{now.failures} failed refreshes"
 
 
 def _structure(layer: Layer, approximation: Approximation) -> list[str]:

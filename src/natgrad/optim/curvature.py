@@ -19,7 +19,7 @@ from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
 from natgrad.optim.geometry import INVERSE, Geometry, Natural, metric
 
-_COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "kind")
+_COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "since", "wide", "kind")
 
 _NATURAL = Natural()
 
@@ -34,9 +34,10 @@ class LayerCurvature:
     ``observations`` counts the batches in the statistics, and ``examples`` those in them; with 0 the others are
     placeholders of the right shape.
     ``corrections`` counts those in what is measured along the matrix, since it was made where that begins anew.
-    ``failures`` counts refreshes that failed in a row, ``retries`` all factorisations repeated in float64;
-    ``refreshes`` those that succeeded. ``damping`` is that of the inverse, and ``applied`` the inverse in the precision
-    in which it is applied.
+    ``failures`` counts refreshes that failed in a row, the first of them at the step ``since``, for the ``reason`` that
+    is told; ``retries`` all that were repeated; ``refreshes`` those that succeeded since there is an inverse.
+    ``wide`` is 1 where statistics and inverse are in float64 since rounding made a refresh fail. ``damping`` is that of
+    the inverse, and ``applied`` the inverse in the precision in which it is applied.
     """
 
     stats: Stats
@@ -48,9 +49,12 @@ class LayerCurvature:
     failures: int = 0
     retries: int = 0
     refreshes: int = 0
+    since: int = 0
+    wide: int = 0
     kind: int = INVERSE
     damping: float = 1.0
     applied: LinearMap | None = None
+    reason: str = ""
 
     @classmethod
     def empty(cls, approximation: Approximation, layer: Layer, geometry: Geometry) -> Self:
@@ -74,6 +78,11 @@ class LayerCurvature:
     def refreshed(self) -> bool:
         """Whether there is an inverse of something that was seen."""
         return self.refreshes > 0
+
+    @property
+    def aside(self) -> bool:
+        """Whether all refreshes of late have failed, and there is no inverse to go on with."""
+        return self.failures > 0 and not self.refreshed
 
     def merge(self, approximation: Approximation, new: Stats, decay: float, n: int = 1) -> Self:
         """Statistics with one more observation, of n examples; those of the first ones weigh equally until ``decay`` is
@@ -121,27 +130,41 @@ class LayerCurvature:
         matrix = None if self.matrix is None else self.matrix.to(dtype)
         return replace(self, stats=stats, matrix=matrix, inverse=self.inverse.to(dtype), applied=None)
 
-    def refresh(self, approximation: Approximation, damping: float, name: str, geometry: Geometry = _NATURAL) -> Self:
-        """A new matrix and inverse; on failure in float64, else the old ones; the third time it raises."""
-        previous = self.matrix if self.refreshed else None
+    def refresh(
+        self,
+        approximation: Approximation,
+        damping: float,
+        step: int = 0,
+        patience: int = 0,
+        geometry: Geometry = _NATURAL,
+    ) -> Self:
+        """A new matrix and inverse; where they fail, with a floor, then in float64 with a higher one; where that fails,
+        the old ones, or none if it is ``patience`` steps since they first failed.
+
+        The floor is eps times the trace, with the eps that the statistics were summed with: what rounding leaves of
+        small eigenvalues beside large ones, or 32 times that for sums of a thousand terms (errors grow as the root of
+        their number). Whatever was repeated is :meth:`widened`.
+        """
         try:
-            return self._assembled(approximation, self.stats, previous, damping, geometry)
-        except FactorisationError as first:
-            error: FactorisationError = first
-        try:
-            double = {key: statistic.to(torch.float64) for key, statistic in self.stats.items()}
-            wide = None if previous is None else previous.to(torch.float64)
-            renewed = self._assembled(approximation, double, wide, damping, geometry)
-            dtype = next(iter(self.stats.values())).value.dtype
-            matrix = None if renewed.matrix is None else renewed.matrix.to(dtype)
-            narrow = replace(renewed, stats=self.stats, matrix=matrix, inverse=renewed.inverse.to(dtype))
-            return replace(narrow, retries=self.retries + 1)
-        except FactorisationError as second:
-            error = second
-        if self.failures >= 2:
-            shapes = {key: tuple(statistic.value.shape) for key, statistic in self.stats.items()}
-            raise FactorisationError(f"layer {name!r}: three refreshes in a row failed; statistics {shapes}: {error}")
-        return replace(self, failures=self.failures + 1, retries=self.retries + 1)
+            return self._assembled(approximation, damping, geometry)
+        except FactorisationError as error:
+            reason = str(error)
+        eps, told = torch.finfo(self.dtype).eps, replace(self, retries=self.retries + 1)
+        for attempt, floor in ((told, eps), (told.widened(), 32 * eps)):
+            try:
+                return attempt._assembled(approximation, damping, geometry, floor).widened()
+            except FactorisationError as error:
+                reason = str(error)
+        since = self.since if self.failures else step
+        refreshes = self.refreshes if step - since < patience else 0
+        failed = replace(told, failures=self.failures + 1, since=since, refreshes=refreshes, reason=reason)
+        return failed.widened()
+
+    def widened(self) -> Self:
+        """In float64 from now on, with statistics that begin anew: those at hand are rounded."""
+        if self.wide or self.dtype == torch.float64:
+            return self
+        return replace(self.cast(torch.float64), wide=1, observations=0, examples=0)
 
     def mean_eigenvalue(self, approximation: Approximation) -> Tensor:
         """tr F / dim F, the mean over groups."""
@@ -157,18 +180,12 @@ class LayerCurvature:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""
         return torch.stack([metric(self.inverse, self.kind, *pair) for pair in ((X, Y), (X, X), (Y, Y))])
 
-    def _assembled(
-        self,
-        approximation: Approximation,
-        stats: Stats,
-        previous: Matrix | None,
-        damping: float,
-        geometry: Geometry,
-    ) -> Self:
-        matrix = approximation.assemble(stats, previous)
-        inverse, kind = geometry.prepare(approximation, matrix, damping)
+    def _assembled(self, approximation: Approximation, damping: float, geometry: Geometry, floor: float = 0.0) -> Self:
+        matrix = approximation.assemble(self.stats, self.matrix if self.refreshed else None)
+        inverse, kind = geometry.prepare(approximation, matrix.floored(floor) if floor else matrix, damping)
         kept = matrix if approximation.keeps else None
-        renewed = replace(self, matrix=kept, inverse=inverse, kind=kind, damping=damping, applied=None, failures=0)
+        made = replace(self, matrix=kept, inverse=inverse, kind=kind, damping=damping, applied=None)
+        renewed = replace(made, failures=0, since=0)
         corrections = 0 if approximation.seed else self.corrections
         return replace(renewed, corrections=corrections, refreshes=self.refreshes + 1)
 
@@ -204,7 +221,7 @@ class LayerCurvature:
             start = f"{kind}."
             return {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
 
-        counters = {name: int(state[name]) for name in _COUNTERS}
+        counters: dict[str, Any] = {name: int(state[name]) for name in _COUNTERS}
         inverse = self.inverse.with_tensors(tensors("inverse"))
         if inverse.shape != self.inverse.shape:
             misshapen.add("inverse")

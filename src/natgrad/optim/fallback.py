@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from natgrad.layers import Coverage
+from natgrad.matrix import FactorisationError
+from natgrad.optim.curvature import LayerCurvature
 
 
 def no_samples(policy: object) -> RuntimeError:
@@ -22,13 +24,14 @@ def no_samples(policy: object) -> RuntimeError:
 class Watch:
     """Says, once for each, which parameters have gradients and no curvature, and which nothing steps.
 
-    A warning for what no pass was seen to use and for what nothing steps; with ``strict`` a ``RuntimeError``, for
-    parameters whose use has no rule, too. ``elsewhere`` names parameters that another optimizer steps.
+    A warning for what no pass was seen to use, for what nothing steps and for layers whose curvature cannot be
+    factorised; with ``strict`` a ``RuntimeError``, for parameters whose use has no rule, too. ``elsewhere`` names
+    parameters that another optimizer steps.
     """
 
     def __init__(self, strict: bool, elsewhere: Iterable[str] = ()) -> None:
         self._strict = strict
-        self._told = set(elsewhere)
+        self._told, self._fallen = set(elsewhere), set[str]()
 
     def __call__(
         self,
@@ -68,6 +71,18 @@ class Watch:
         self._told.update(unseen, left)
         if text:
             warnings.warn("; ".join(text), stacklevel=4)
+
+    def fallen(self, layers: Mapping[str, str], before: Mapping[str, LayerCurvature]) -> None:
+        """Say which layers AdamW steps from now on, since their curvature cannot be factorised, and why."""
+        known = self._fallen.union(name for name, curvature in before.items() if curvature.aside)
+        new = {name: reason for name, reason in layers.items() if name not in known}
+        if not new:
+            return
+        text = "; ".join(f"layer {name!r}: {reason}" for name, reason in new.items())
+        if self._strict:
+            raise FactorisationError(text)
+        self._fallen.update(new)
+        warnings.warn(f"{text}; AdamW steps what has no inverse until a refresh succeeds", stacklevel=7)
 
 
 def _moves(parameters: Iterable[nn.Parameter]) -> bool:

@@ -87,10 +87,11 @@ class Layerwise:
 
     def _cast(self, state: State) -> State:
         """The state in the precision of the layers."""
-        dtypes = {name: torch.promote_types(layer.weight.dtype, torch.float32) for name, layer in self.layers.items()}
+        own = {name: torch.promote_types(layer.weight.dtype, torch.float32) for name, layer in self.layers.items()}
+        dtypes = {name: torch.float64 if c.wide else own[name] for name, c in state.items()}
         if all(c.dtype == dtypes[name] for name, c in state.items()):
             return state
-        layers = {n: c.cast(dtypes[n]).prepared(self.fast(n)) for n, c in state.items()}
+        layers = {n: c.cast(dtypes[n]).prepared(self._fast(n, c)) for n, c in state.items()}
         return State(layers, self._couple(layers))
 
     def restored(self, states: Mapping[str, dict[str, Any]]) -> State:
@@ -103,7 +104,8 @@ class Layerwise:
         curvature = LayerCurvature.empty(self.of(name), layer, Natural() if natural else Spectral())
         if "observations" not in kept or kept.get("momentum", curvature.inverse).shape != layer.shape:
             return curvature.prepared(self.fast(name))
-        return curvature.with_state(kept, name, self.approximation.together).prepared(self.fast(name))
+        known = curvature.with_state(kept, name, self.approximation.together)
+        return known.prepared(self._fast(name, known))
 
     def advance(self, state: State, records: Sequence[Record], due: Due, damping: float) -> State:
         """The state after the observations and the refreshes that are due."""
@@ -113,11 +115,11 @@ class Layerwise:
             merged = list(merged)
             dampings = self._spread(self.damping, {name: curvature for name, curvature, _ in merged}, damping)
         layers = {}
+        n = _examples(records)
         for name, curvature, seen in merged:
-            refreshes = name in due.refresh or (name in due.at_once and not curvature.refreshed)
-            layers[name] = self._renew(
-                name, curvature, seen, refreshes, dampings.get(name, damping), _examples(records)
-            )
+            layers[name] = self._renew(name, curvature, seen, due, dampings.get(name, damping), n)
+        if self.approximation.together and any(c.wide for name, c in layers.items() if self._couples(name)):
+            layers = {name: c.widened().prepared(None) if self._couples(name) else c for name, c in layers.items()}
         same = all(layers[name] is state[name] for name in layers)
         return state if same else State(layers, self._couple(layers))
 
@@ -144,6 +146,10 @@ class Layerwise:
         """The lower precision that suits the products of a layer, if any."""
         return fast_dtype(self.precision, self.layers[name].parameters[0])
 
+    def _fast(self, name: str, curvature: LayerCurvature) -> torch.dtype | None:
+        """The same; none where float64 is needed."""
+        return None if curvature.wide else self.fast(name)
+
     def _merged(
         self, state: State, records: Sequence[Record], shares: Mapping[str, Share]
     ) -> Iterable[tuple[str, LayerCurvature, Sequence[Capture]]]:
@@ -153,7 +159,7 @@ class Layerwise:
         captures: dict[str, list[Capture]] = {}
         if self.approximation.together:
             captures = {
-                name: self._seen(name, records, shares[name]) if name in shares else []
+                name: self._seen(name, state, records, shares[name]) if name in shares else []
                 for name in self.layers
                 if self._couples(name)
             }
@@ -163,7 +169,7 @@ class Layerwise:
             if name in captures:
                 seen, new = captures[name], together.get(name, {})
             else:
-                seen = self._seen(name, records, shares[name]) if name in shares else []
+                seen = self._seen(name, state, records, shares[name]) if name in shares else []
                 new = pool(approximation.observe(capture) for capture in seen)
             yield name, state[name].merge(approximation, new, self.decay, n) if new else state[name], seen
 
@@ -171,22 +177,31 @@ class Layerwise:
         """Whether a layer has the approximation itself, and not another one."""
         return self.of(name) == self.approximation
 
-    def _seen(self, name: str, records: Sequence[Record], share: Share) -> list[Capture]:
+    def _seen(self, name: str, state: State, records: Sequence[Record], share: Share) -> list[Capture]:
         """What a layer saw of the passes of a step, if any reached it: gradients of zero of those that did not."""
         layer = self.layers[name]
         seen = [list(record.captures(layer, self.sharing, share)) for record in records]
         if not any(seen):
             return []
         passes = zip(records, seen, strict=True)
-        return [capture for record, own in passes for capture in own or [record.absent(layer, share)]]
+        captures = [capture for record, own in passes for capture in own or [record.absent(layer, share)]]
+        return [capture.to(torch.float64) for capture in captures] if state[name].wide else captures
 
     def _renew(
-        self, name: str, curvature: LayerCurvature, seen: Sequence[Capture], refreshes: bool, damping: float, n: int
+        self,
+        name: str,
+        curvature: LayerCurvature,
+        seen: Sequence[Capture],
+        due: Due,
+        damping: float,
+        n: int,
     ) -> LayerCurvature:
-        dtype, approximation = self.fast(name), self.of(name)
-        if curvature.ready and (refreshes or (curvature.refreshed and not self.geometry.made(curvature.kind))):
-            curvature = curvature.refresh(approximation, damping, name, self.geometry)
-        if seen and curvature.refreshed and approximation.corrects:
+        approximation, first = self.of(name), not (curvature.refreshed or curvature.failures)
+        other = curvature.refreshed and not self.geometry.made(curvature.kind)
+        if curvature.ready and (name in due.refresh or (first and name in due.at_once) or other):
+            curvature = curvature.refresh(approximation, damping, due.step, due.patience, self.geometry)
+        dtype = self._fast(name, curvature)
+        if seen and curvature.ready and curvature.refreshed and approximation.corrects:
             quick = seen if dtype is None else [capture.to(dtype) for capture in seen]
             curvature = curvature.correct(approximation, quick, self.decay, damping, n, self.geometry)
         return curvature.prepared(dtype)
@@ -202,6 +217,8 @@ class Layerwise:
 
     def _couple(self, layers: Mapping[str, LayerCurvature]) -> NetworkMap | None:
         if not isinstance(self.approximation, Coupled):
+            return None
+        if any(c.aside for name, c in layers.items() if self._couples(name)):
             return None
         parts = {
             name: Part(c.stats, c.inverse, c.damping)

@@ -91,7 +91,8 @@ class NaturalGradient(torch.optim.Optimizer):
             the block is large) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
         seed: of the drawn labels.
-        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it.
+        strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it; a layer whose
+            matrix cannot be factorised then raises ``FactorisationError``.
         calls: names of methods of the model, other than ``forward``, whose calls are passes too.
         observe_in_eval: observe passes in ``eval()`` mode too.
         batch_dim: the dimension of the examples in the first tensor that the model is given, ``None`` to find out by
@@ -217,6 +218,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "direction_norm": norm(directions),
             "retries": float(sum(c.retries for c in self._now.values())),
             "failures": float(sum(c.failures for c in self._now.values())),
+            "aside": float(sum(c.aside for c in self._now.values())),
             **self._now.numbers(),
         }
 
@@ -276,7 +278,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """One step, after evaluating the closure once if there is one. All is computed first, then applied or not.
 
         A gradient that is not finite skips the step: a warning, ``statistics()["skipped"]``, and nothing else changes.
-        Raises ``FactorisationError`` when a layer's refresh fails for the third time in a row.
+        A matrix that cannot be factorised leaves its layer with the old inverse for a while, then to AdamW, with a
+        warning, until a refresh succeeds; ``statistics()`` counts these as ``failures`` and ``aside``.
         """
         loss = evaluate(closure, self._restart)
         with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
@@ -329,6 +332,7 @@ class NaturalGradient(torch.optim.Optimizer):
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):
             return None
+        self._watch.fallen({n: c.reason for n, c in curvature.items() if c.aside}, self._now)
         capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
         scheduled = any("initial_lr" in g or g["lr"] != g["first_lr"] for g in self._natural)
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled)
@@ -343,7 +347,7 @@ class NaturalGradient(torch.optim.Optimizer):
         advanced = self._curvature.advance(state, records, due, self._damping)
         if self._watches(account):
             recorded = {name for record in records for name in record.calls} - due.observe.keys()
-            ready = [name for name, curvature in advanced.items() if curvature.ready or name in recorded]
+            ready = [name for name, c in advanced.items() if c.ready or c.wide or name in recorded]
             self._watch(self.model, self._covered, ready, self.param_groups)
         if any(advanced[name].refreshes > state[name].refreshes for name in state):
             self._report["refresh_seconds"] = time.perf_counter() - started

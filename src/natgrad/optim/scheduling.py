@@ -33,7 +33,7 @@ class Schedule:
         """Nothing is known."""
         self._plan: tuple[Any, Plan | None] = ((), None)
         self._account: tuple[Any, Account] = ({}, Account())
-        self._due: tuple[Any, Due] = ((), Due({}, ()))
+        self._due: tuple[Any, Due] = ((), Due(0, {}, ()))
 
     def account(self, saved: Mapping[str, Any]) -> Account:
         """The account that the clock holds."""
