@@ -364,7 +364,7 @@ def test_a_factorisation_that_fails_once_is_repeated_and_counted_and_its_layer_g
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = network().float()
-    optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1)
+    optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1, step_size=QuadraticModel())
     train(model, optimizer, [single(0)])
     calls: list[int] = []
 
@@ -389,7 +389,7 @@ def test_a_factorisation_that_always_fails_keeps_the_old_inverse_for_two_periods
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = network()
-    optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1)
+    optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1, step_size=QuadraticModel())
     train(model, optimizer, [batch(0)])
     inverse = [
         value.clone()
@@ -415,7 +415,7 @@ def test_a_factorisation_that_always_fails_keeps_the_old_inverse_for_two_periods
 
 def test_a_success_after_two_failures_resets_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1)
+    optimizer = optimizer_of(model, Failing(), refresh_every=1, observe_every=1, step_size=QuadraticModel())
     train(model, optimizer, [batch(0)])
     failing(monkeypatch, lambda dtype: True)
     train(model, optimizer, [batch(1), batch(2)])
@@ -430,7 +430,7 @@ def test_a_success_after_two_failures_resets_the_count(monkeypatch: pytest.Monke
 def test_a_layer_that_never_had_an_inverse_trains_by_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, lambda dtype: False)
     model, reference = network(), network()
-    optimizer = optimizer_of(model, Failing(), refresh_every=1, step_size=Automatic())
+    optimizer = optimizer_of(model, Failing(), refresh_every=1, step_size=QuadraticModel())
     model(batch(0)[0])  # shows the layers
     optimizer._learn_layers()
     empty = optimizer._curvature.filled(State())

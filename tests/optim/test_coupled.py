@@ -196,8 +196,8 @@ class Failing(TwoLevel):
 
 def test_without_a_joint_map_the_layers_are_stepped_by_the_base_alone() -> None:
     alone, failing = network(), network()
-    train(alone, optimizer_of(alone, KFAC(), step_size=QuadraticModel()), batches_of())
-    train(failing, optimizer_of(failing, Failing(), step_size=QuadraticModel()), batches_of())
+    train(alone, optimizer_of(alone, KFAC(), step_size=QuadraticModel(), overhead=None), batches_of())
+    train(failing, optimizer_of(failing, Failing(), step_size=QuadraticModel(), overhead=None), batches_of())
     assert same(values(failing), values(alone))
 
 

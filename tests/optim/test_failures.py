@@ -24,6 +24,7 @@ from natgrad import (
     Gaussian,
     KLLimit,
     NaturalGradient,
+    QuadraticModel,
     TwoLevel,
     UnitWise,
 )
@@ -178,7 +179,7 @@ def test_statistics_in_float64_find_what_is_small_beside_a_trend(approximation: 
     for one in (model.float(), reference.float()):
         nn.init.zeros_(one.weight)
         nn.init.zeros_(one.bias)
-    optimizer = NaturalGradient(model, approximation, likelihood=Gaussian(), damping=1e-6)
+    optimizer = NaturalGradient(model, approximation, likelihood=Gaussian(), damping=1e-6, step_size=QuadraticModel())
     found = losses(model, optimizer, x, y, half_square, 200, len(x))
     adamw = losses(reference, torch.optim.AdamW(reference.parameters()), x, y, half_square, 200, len(x))
     assert optimizer.statistics()["retries"] == 1  # from then on in float64, and without a floor
@@ -239,7 +240,7 @@ def test_targets_of_scale_a_hundred_train() -> None:
     x, _ = table()
     y = 100 * torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin() + x[:, 3], x[:, 4]], 1)
     model, reference = relu(), relu()
-    optimizer = NaturalGradient(model, KFAC(), likelihood=Gaussian())
+    optimizer = NaturalGradient(model, KFAC(), likelihood=Gaussian(), step_size=QuadraticModel())
     found = losses(model, optimizer, x, y, half_square, 200)
     adamw = losses(reference, torch.optim.AdamW(reference.parameters()), x, y, half_square, 200)
     assert sum(found[-4:]) < 0.5 * sum(adamw[-4:])  # a seventh where it was written

@@ -34,6 +34,11 @@ class Objective(ABC):
 
     output: Pointer = None
 
+    @property
+    def saturates(self) -> bool:
+        """Whether the Hessian can vanish where the gradient does not: at probabilities of 0 and 1."""
+        return False
+
     @abstractmethod
     def select(self, output: Any) -> Any:
         """The outputs that the loss reads, in what the model returns; ``ValueError`` if there are none."""

@@ -31,6 +31,11 @@ class Bernoulli(Elementwise):
         return output if self.inputs == "logits" else output.logit(eps=tiny(output))
 
     @property
+    def saturates(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def entropy(self) -> float:
         """log 2."""
         return math.log(2)

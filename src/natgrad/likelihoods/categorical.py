@@ -100,6 +100,11 @@ class Categorical(Likelihood):
             return None
         return self._unless_ignored(self._chosen(output, targets), targets)
 
+    @property
+    def saturates(self) -> bool:
+        """Always."""
+        return True
+
     def capacity(self, output: Tensor) -> float:
         """log C for C classes."""
         return math.log(output.shape[self.class_dim])

@@ -69,6 +69,11 @@ class LossSum(Objective):
         scales = [c * part.scale(tensor) for (c, part), tensor in self._present(output)]
         return sum(scales) / len(scales)
 
+    @property
+    def saturates(self) -> bool:
+        """If all parts do."""
+        return all(part.saturates for _, part in self.parts)
+
     def capacity(self, output: tuple[Tensor, ...]) -> float:
         """The sum over the parts of c_k times their capacity."""
         return sum(c * part.capacity(tensor) for (c, part), tensor in self._present(output))

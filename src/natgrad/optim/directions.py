@@ -82,12 +82,14 @@ class Directions:
         return torch.where(total > 0, slopes / total, torch.zeros_like(total))
 
     def least_curvature(self, slope: Tensor) -> Tensor:
-        """<D, M>^2 / capacity: what the gradient itself tells of the curvature along D.
+        """<D, M>^2 / capacity for a loss that saturates, else 0: what the gradient itself tells of the curvature along D.
 
         The empirical Fisher of the loss terms is at least M M^T, and no term can lose more than its capacity for long.
         Samples of a model that is sure of a wrong answer agree with it, and show no curvature at all.
         """
-        return slope.square() / (1.0 if self.labels is None else self.labels.capacity)
+        if self.labels is None or not self.labels.likelihood.saturates:
+            return torch.zeros_like(slope)
+        return slope.square() / self.labels.capacity
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
         """The same with the D of every layer multiplied by a factor of its own."""

@@ -28,8 +28,8 @@ class QuadraticModel(StepSize):
     samples and without a read: a block-diagonal F misjudges layers by very different factors, above all while
     statistics are young (on the auto-encoders by 1 to 100), and one alpha has to suit the worst of them.
 
-    D^T F D counts at least <D, M>^2 / capacity, so that a step promises at most half the largest entropy of a loss
-    term: samples drawn from a model that is sure of wrong answers show no curvature.
+    Where probabilities saturate, D^T F D counts at least <D, M>^2 / capacity, so that a step promises at most half the
+    largest entropy of a loss term: samples drawn from a model that is sure of wrong answers show no curvature.
 
     ``limit`` caps the step's predicted KL, delta^T F delta / 2, as a share of the largest entropy that one loss term
     can have (log C nats for C classes, log 2 for each binary output, 1/2 for each normal one; ``None``: no cap):
