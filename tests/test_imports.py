@@ -37,7 +37,9 @@ BELOW: dict[str, set[str]] = {
         "engine", "rows", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix",
         "operations",
     },
-    "optim": {"engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix"},
+    "optim": {
+        "engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix", "sparse",
+    },
     "fngd": {
         "calls", "engine", "record", "rows", "capture", "fishers", "hooks", "layers", "matrix", "operations", "optim",
     },
