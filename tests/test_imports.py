@@ -38,7 +38,8 @@ BELOW: dict[str, set[str]] = {
         "operations",
     },
     "optim": {
-        "engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix", "sparse",
+        "engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix",
+        "sparse",
     },
     "fngd": {
         "calls", "engine", "record", "rows", "capture", "fishers", "hooks", "layers", "matrix", "operations", "optim",

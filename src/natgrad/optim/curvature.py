@@ -17,8 +17,11 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
+from natgrad.optim.cost import Counting
 
 _COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes")
+
+_LARGE = 768  # below, a dry run takes longer
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,24 @@ class LayerCurvature:
 
     @classmethod
     def empty(cls, approximation: Approximation, layer: Layer) -> Self:
-        """A placeholder: what one example of zeros would give."""
-        stats = approximation.merge(None, approximation.observe(layer.blank()), 0.0)
+        """A placeholder: what one example of zeros would give; of a large layer zeros alone, where shapes do not depend
+        on data, since an inverse of nothing costs what any other does."""
+        if approximation.reads == "all" or max(layer.shape[-2:]) < _LARGE:
+            return cls._blank(approximation, layer.blank())
+        with Counting():
+            blank = cls._blank(approximation, layer.blank(device=torch.device("meta")))
+
+        def zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.zeros_like(x, device=layer.weight.device) for name, x in tensors.items()}
+
+        values = zeros({name: statistic.value for name, statistic in blank.stats.items()})
+        stats = {name: statistic.restored(values[name]) for name, statistic in blank.stats.items()}
+        matrix = None if blank.matrix is None else blank.matrix.with_tensors(zeros(blank.matrix.tensors()))
+        return cls(stats, matrix, blank.inverse.with_tensors(zeros(blank.inverse.tensors())))
+
+    @classmethod
+    def _blank(cls, approximation: Approximation, seen: Capture) -> Self:
+        stats = approximation.merge(None, approximation.observe(seen), 0.0)
         matrix = approximation.assemble(stats)
         return cls(stats, matrix if approximation.keeps else None, approximation.invert(matrix, 1.0))
 
