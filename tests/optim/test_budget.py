@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from training import batch, copy_of, network, optimizer_of, same, train, values
 
-from natgrad import EKFAC, KFAC, Categorical, KLLimit, NaturalGradient, QuadraticModel
+from natgrad import EKFAC, FOOF, KFAC, TKFAC, Categorical, KLLimit, NaturalGradient, QuadraticModel
 from natgrad.optim.budget import BURST, CREDIT, Account, Budget, Load, Plan
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.cost import work
+from natgrad.optim.curvature import LayerCurvature
 
 SEEDS = range(12)
 
@@ -243,3 +244,20 @@ def test_a_plan_is_made_of_values_alone() -> None:
     assert plan == Budget(0.2, Cadence()).plan(table(3))
     account = replace(Account(), spent=1.5, last={"a": (3, -1, 2)}, seen={"a": (4, 5, 1)})
     assert Account.of(account.values()) == account
+
+
+@pytest.mark.parametrize("approximation", [KFAC(), EKFAC(), TKFAC(), FOOF()], ids=["kfac", "ekfac", "tkfac", "foof"])
+def test_the_placeholder_of_a_large_layer_has_the_names_and_shapes_of_its_curvature(approximation: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(800, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = NaturalGradient(model, approximation, likelihood=Categorical(), step_size=KLLimit())
+    blank = LayerCurvature.empty(approximation, optimizer.layers["0"]).state()
+    assert all(not value.any() for value in blank.values() if isinstance(value, torch.Tensor))
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(4, 800)), torch.tensor([0, 1, 0, 1])).backward()
+    optimizer.step()
+    real = optimizer._now["0"].state()
+    assert {n: v.shape for n, v in blank.items() if isinstance(v, torch.Tensor)} == {
+        n: v.shape for n, v in real.items() if isinstance(v, torch.Tensor)
+    }
+    assert blank.keys() == real.keys()

@@ -45,7 +45,7 @@ def cost(approximation: Approximation, layer: Layer, examples: int = 1) -> Cost 
     stats = approximation.merge(None, approximation.observe(seen), 0.0)
     stats = {name: statistic.restored(statistic.value.to("meta")) for name, statistic in stats.items()}
     try:
-        with _Counting() as counting:
+        with Counting() as counting:
             matrix = approximation.assemble(stats)
             inverse = approximation.invert(matrix, 1.0)
             refresh = counting.flops
@@ -82,7 +82,7 @@ def work(
     numbers = math.prod(groups) * rows * (out + (1 if layer.form.tokens else width))
     products = 0.0 if layer.form.tokens else 2.0 * math.prod(groups) * rows * out * width
     launch = _LAUNCH.get(layer.weight.device.type, _LAUNCH["cuda"])
-    with _Counting() as counting:
+    with Counting() as counting:
         try:
             seen = _blank(layer, examples, positions)
             stats = approximation.merge(None, approximation.observe(seen), 0.0)
@@ -117,7 +117,7 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-class _Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):
     """Counts operations, ``slow`` with factorisations at their speed, and answers for the data that tensors on "meta"
     lack: all is finite, and every number 1."""
 

@@ -17,11 +17,14 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
+from natgrad.optim.cost import Counting
 from natgrad.optim.geometry import INVERSE, Geometry, Natural, metric
 
 _COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "since", "wide", "kind")
 
 _NATURAL = Natural()
+
+_LARGE = 768  # below, a dry run takes longer
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,27 @@ class LayerCurvature:
     reason: str = ""
 
     @classmethod
-    def empty(cls, approximation: Approximation, layer: Layer, geometry: Geometry) -> Self:
-        """A placeholder: what one example of zeros would give."""
-        stats = approximation.merge(None, approximation.observe(layer.blank()), 0.0)
+    def empty(cls, approximation: Approximation, layer: Layer, geometry: Geometry = _NATURAL) -> Self:
+        """A placeholder: what one example of zeros would give; of a large layer zeros alone, where shapes do not depend
+        on data, since an inverse of nothing costs what any other does."""
+        if approximation.reads == "all" or max(layer.shape[-2:]) < _LARGE:
+            return cls._blank(approximation, layer.blank(), geometry)
+        with Counting():
+            blank = cls._blank(approximation, layer.blank(device=torch.device("meta")), geometry)
+
+        def zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.zeros_like(x, device=layer.weight.device) for name, x in tensors.items()}
+
+        values = zeros({name: statistic.value for name, statistic in blank.stats.items()})
+        stats = {name: statistic.restored(values[name]) for name, statistic in blank.stats.items()}
+        matrix = None if blank.matrix is None else blank.matrix.with_tensors(zeros(blank.matrix.tensors()))
+        return replace(
+            blank, stats=stats, matrix=matrix, inverse=blank.inverse.with_tensors(zeros(blank.inverse.tensors()))
+        )
+
+    @classmethod
+    def _blank(cls, approximation: Approximation, seen: Capture, geometry: Geometry) -> Self:
+        stats = approximation.merge(None, approximation.observe(seen), 0.0)
         matrix = approximation.assemble(stats)
         inverse, kind = geometry.prepare(approximation, matrix, 1.0)
         return cls(stats, matrix if approximation.keeps else None, inverse, kind=kind)
