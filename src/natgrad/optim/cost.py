@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from natgrad.fishers import Approximation
 from natgrad.layers import Layer
@@ -63,8 +62,11 @@ class _Counting(TorchDispatchMode):
     """Counts operations, and answers for the data that tensors on "meta" lack: all is finite, and every number 1."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # not at every import of natgrad
+
         super().__init__()
         self.flops = 0
+        self.known = flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,8 +76,8 @@ class _Counting(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _FACTORISATIONS:
             self.flops += round(_FACTORISATIONS[func.overloadpacket](*args))
-        elif func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        elif func.overloadpacket in self.known:
+            self.flops += self.known[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
 
