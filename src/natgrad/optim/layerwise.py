@@ -21,7 +21,7 @@ from natgrad.optim.cadence import Cadence
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
-from natgrad.optim.precision import fast_dtype
+from natgrad.optim.precision import Precision
 from natgrad.record import Record, Sharing
 
 
@@ -63,7 +63,7 @@ class Layerwise:
     cadence: Cadence
     decay: float
     sharing: Sharing
-    precision: torch.dtype | str
+    precision: Precision
     damping: Damping
 
     def of(self, name: str) -> Approximation:
@@ -145,7 +145,7 @@ class Layerwise:
 
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits the products of a layer, if any."""
-        return fast_dtype(self.precision, self.layers[name].parameters[0])
+        return self.precision.fast(self.layers[name])
 
     def _merged(
         self, state: State, records: Sequence[Record]

@@ -30,6 +30,7 @@ from natgrad.optim.fallback import Watch, no_samples
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
+from natgrad.optim.precision import Precision
 from natgrad.optim.proposal import (
     Proposal,
     keeping,
@@ -82,8 +83,8 @@ class NaturalGradient(torch.optim.Optimizer):
         groups: dicts with ``params`` and their own ``lr`` or ``weight_decay``; the rest forms a group of its own.
         adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``; ``False`` leaves what is
             not expected to have curvature to an optimizer of your own.
-        precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
-            the block is large) or a dtype.
+        precision: of the products with an inverse: ``"auto"`` (bfloat16 where the block is large and products in it
+            are measured to be faster; the choice is part of a checkpoint) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
         seed: of the drawn labels.
         strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it.
@@ -146,12 +147,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self._expected = expected(model, tuple(exclude), wide)
         check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
+        fast = Precision.measured(precision, self._expected.layers.values())
         self.step_size, self.damping = step_size, as_damping(damping)
-        self._curvature = Layerwise(approximation, {}, cadence, decay, weight_sharing, precision, self.damping)
+        self._curvature = Layerwise(approximation, {}, cadence, decay, weight_sharing, fast, self.damping)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
-        self.param_groups[0]["clock"] = new_clock(self.damping.initial)
+        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "bfloat16": dict(fast.chosen)}
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
         self._learnt: tuple[Any, Any] = ({}, held)
@@ -487,6 +489,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         check_checkpoint(state_dict, self.param_groups)
         before, uses = {"state": self.state, "param_groups": self.param_groups}, self._engine.inventory.saved()
+        precision = self._curvature.precision
         try:
             super().load_state_dict(state_dict)
             restore_dtypes(self.param_groups, self.state, state_dict)
@@ -494,6 +497,7 @@ class NaturalGradient(torch.optim.Optimizer):
             now = self._restored()
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self.__setstate__(before)
+            self._curvature = replace(self._curvature, precision=precision)
             self._engine.inventory.restore(uses)
             self._learn_layers()
             raise ValueError(str(error)) from error
@@ -505,6 +509,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def _restored(self) -> State:
         """The curvature that the state holds."""
         self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
+        self._curvature = replace(
+            self._curvature, precision=replace(self._curvature.precision, chosen=self.param_groups[0]["bfloat16"])
+        )
         self._learn_layers()
         states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
         known = {name for name, state in states.items() if "observations" in state}
