@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natgrad import Categorical, NaturalGradient
+from natgrad import Categorical, NaturalGradient, capture
+from natgrad.capture import Capture
 from natgrad.layers import patches
 from natgrad.layers.convolution import Convolution, TransposedConvolution
 from natgrad.layers.patches import Patches, correlates
@@ -95,3 +96,14 @@ def test_a_network_has_the_statistics_of_its_patches(settings: dict[str, Any], m
     monkeypatch.setattr(patches.PatchCapture, "moment_a", patches.Capture.moment_a)
     for own, expected in zip(found, statistics(), strict=True):
         assert_equal(own, expected, 1e-13)
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 7), (40, 8), (9, 33), (8, 33)])
+def test_a_symmetric_product_by_block_rows_is_the_product(n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "_LARGE", 2)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, 1, generator=generator, dtype=torch.float64)
+    seen = Capture(x.unsqueeze(1), x.unsqueeze(1), 1.0, 1.0)
+    assert_equal(seen.moment_a(), x.mT @ x, 1e-14)
+    assert_equal(seen.moment_g(weights), (weights * x).mT @ x, 1e-14)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from natgrad.capture import Capture, Examples
+from natgrad.capture import Capture, Examples, symmetric
 from natgrad.layers.convolution import Convolution, TransposedConvolution
 
 _CHUNK = 1 << 18  # entries of patches held at once, which a cache holds
@@ -54,7 +54,7 @@ class Patches:
         total: Tensor | None = None
         for x in self.x.split(max(1, _CHUNK // max(1, entries))):
             a = self.form.inputs(x, self.biased).to(dtype).flatten(-3, -2)
-            total = a.mT @ a if total is None else total + a.mT @ a
+            total = symmetric(a, a) if total is None else total + symmetric(a, a)
         assert total is not None
         return total
 

@@ -440,8 +440,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """How many entries of every parameter these layers have."""
         entries: dict[int, int] = {}
         for layer in (self._curvature.layers[name] for name in names):
-            for part, p in zip(layer.parts([*layer.parameters]), layer.parameters, strict=True):
-                entries[id(p)] = entries.get(id(p), 0) + part.numel()
+            for view, p in zip(layer.views, layer.parameters, strict=True):
+                entries[id(p)] = entries.get(id(p), 0) + math.prod(view.size)
         return entries
 
     @property
