@@ -179,7 +179,7 @@ def symmetric(y: Tensor, x: Tensor) -> Tensor:
     On a CPU a large one by block rows from the diagonal on, and their mirror: 5/8 of the flops.
     """
     n, d = x.shape[-2:]
-    if x.ndim > 2 or x.device.type != "cpu" or d < _LARGE or 4 * n < d:
+    if x.ndim > 2 or x.device.type != "cpu" or d < _LARGE or 2 * n < d:
         return y.mT @ x
     result, step = x.new_empty(d, d), -(-d // 4)
     for start in range(0, d, step):

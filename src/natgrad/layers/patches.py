@@ -17,7 +17,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from natgrad.capture import Capture, Examples, symmetric
 from natgrad.layers.convolution import Convolution, TransposedConvolution
 
-_CHUNK = 1 << 18  # entries of patches held at once, which a cache holds
+_CHUNK = 1 << 20  # entries of patches held at once
 _CALL = 1 << 21  # multiplications that take as long as a correlation does for itself
 _CORRELATE: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 _ALL = Examples()
