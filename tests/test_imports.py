@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,3 +103,16 @@ def test_the_order_of_the_parts_has_no_cycle() -> None:
 def test_every_public_name_is_there() -> None:
     assert sorted(set(natgrad.__all__)) == sorted(natgrad.__all__)
     assert all(hasattr(natgrad, name) for name in natgrad.__all__)
+
+
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "torch.distributed.tensor", "sympy", "numpy")
+
+
+def test_importing_natgrad_loads_nothing_heavy_that_torch_has_not_loaded() -> None:
+    """``natgrad.race`` and its libraries are as far away as torch's compiler."""
+    script = "import sys, torch; own = {*sys.modules}; import natgrad; print(*({*sys.modules} - own))"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert "natgrad.optim" in loaded
+    assert not loaded & {*HEAVY, "natgrad.race"}

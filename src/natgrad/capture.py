@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 25  # elements of per-example gradients, or of products of positions, held at once
+_LARGE = 512  # from where a symmetric product is worth its blocks
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,23 @@ def per_chunk(size: int) -> int:
 
 def _moment(x: Tensor, weights: Tensor | None, diagonal: bool) -> Tensor:
     y = x if weights is None else x * weights
-    return (y * x).sum(-2).unsqueeze(-1) if diagonal else y.mT @ x
+    return (y * x).sum(-2).unsqueeze(-1) if diagonal else symmetric(y, x)
+
+
+def symmetric(y: Tensor, x: Tensor) -> Tensor:
+    """y^T x (*groups, d, d) for y (*groups, n, d) that is x times weights of rows: as such it is symmetric.
+
+    On a CPU a large one by block rows from the diagonal on, and their mirror: 5/8 of the flops.
+    """
+    n, d = x.shape[-2:]
+    if x.ndim > 2 or x.device.type != "cpu" or d < _LARGE or 2 * n < d:
+        return y.mT @ x
+    result, step = x.new_empty(d, d), -(-d // 4)
+    for start in range(0, d, step):
+        end = min(start + step, d)
+        result[start:end, start:] = y[:, start:end].mT @ x[:, start:]
+        result[end:, start:end] = result[start:end, end:].mT
+    return result
 
 
 def _changed(x: Tensor, basis: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,6 +18,9 @@ from natgrad.hooks import as_written
 from natgrad.layers import WIDE, Inventory
 from natgrad.operations import Watch, whole
 from natgrad.sorting import learn
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which shouts at what is tried here
 
@@ -35,6 +37,8 @@ def look(
 
     Parameters, buffers and random numbers are as before.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds, in some versions of torch
+
     inventory = Inventory(model, tuple(exclude), wide)
     kwargs = dict(kwargs or {})
     quiet = _LOG.disabled

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from natgrad.capture import Capture, Examples
 from natgrad.layers import Layer
+from natgrad.layers.convolution import Convolution
+from natgrad.layers.patches import PatchCapture, Patches
 from natgrad.operations import Call
 from natgrad.rows import Rows
 from natgrad.sparse import Sparse, SparseCapture, Together, joined, masked, summed
@@ -236,7 +238,7 @@ class Record:
         self,
         layer: Layer,
         uses: list[Use],
-        a: Tensor | Sparse,
+        a: Tensor | Sparse | Patches,
         kept: Tensor | None,
         seed: int,
         examples: slice,
@@ -248,32 +250,39 @@ class Record:
         once, with the first of several groups of uses."""
         g = _outputs(uses, seed, examples)
         n, places = g.shape[-3], g.shape[-2]
+        if isinstance(a, Patches) and (kept is not None or sharing == "reduce" or uses[0].swapped):
+            a = a.dense()
         if share.stride > 1:
             chosen = _index(uses, share)
             g = g[..., chosen, :]
             a = Sparse(a.ids[:, chosen], a.values[:, chosen], a.width) if isinstance(a, Sparse) else a
             kept = None if kept is None else kept[:, chosen]
         dtype = torch.promote_types(g.dtype if isinstance(a, Sparse) else a.dtype, torch.float32)
-        a, g = a.to(dtype), g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale
+        a, g = (
+            a if isinstance(a, Patches) else a.to(dtype),
+            g.to(dtype) if self.scale == 1.0 else g.to(dtype) * self.scale,
+        )
         t, swapped, of = g.shape[-2], uses[0].swapped, len(uses[0].x)
         rows: float | Tensor = float(n * t)
         used: float | Tensor = float(t)  # positions of each example
         reached: float | Tensor = float(n)
-        if kept is not None:
+        if kept is not None and not isinstance(a, Patches):
             kept = kept.to(g.dtype)
             a, g = masked(a, g, kept)
             rows, reached, used = kept.sum(), kept.amax(1).sum(), kept.sum(1).clamp(min=1).view(n, 1, 1)
-        if sharing == "reduce" and t > 1:
+        if sharing == "reduce" and t > 1 and not isinstance(a, Patches):
             a, g, rows = summed(a), g.sum(-2, keepdim=True) / used, reached
         count = self._counted(examples, of) / len(uses[0].call.gradients) if counts else 0.0
         count = count if t == places else count * (t / places)
         diagonal = layer.diagonal[::-1] if swapped else layer.diagonal
+        if isinstance(a, Patches):
+            return PatchCapture(a, g, count, rows, self.which, diagonal)
         if isinstance(a, Sparse):
             return SparseCapture(a, g, count, rows, self.which, diagonal)
         seen = Capture(a, g, count, rows, self.which, diagonal)
         return seen.swapped() if swapped else seen
 
-    def _kept(self, uses: list[Use], a: Tensor | Sparse, n: slice) -> Tensor | None:
+    def _kept(self, uses: list[Use], a: Tensor | Sparse | Patches, n: slice) -> Tensor | None:
         """The positions (n, t) that count; ``None`` for all: those with an input that act on a loss term."""
         kept = a.used if isinstance(a, Sparse) else None
         masks = [use.kept for use in uses]
@@ -292,8 +301,11 @@ class Record:
         return kept
 
 
-def _inputs(uses: list[Use], n: slice, biased: bool, share: Share) -> Tensor | Sparse:
+def _inputs(uses: list[Use], n: slice, biased: bool, share: Share) -> Tensor | Sparse | Patches:
     """The inputs of some examples of all these uses, as positions of one layer: a share of them, or all tokens."""
+    form = uses[0].call.form
+    if len(uses) == 1 and share.stride == 1 and isinstance(form, Convolution):
+        return Patches(form, uses[0].x[n], biased)
     chosen = ((use.call.form, use.x[n]) for use in uses)
     if share.stride == 1:
         return joined([form.sparse(x) or form.inputs(x, biased) for form, x in chosen])

@@ -20,6 +20,7 @@ from natgrad import FNGD, KFAC, Categorical, Constant, Gaussian, NaturalGradient
 from natgrad.labels import Labels
 from natgrad.look import look
 from natgrad.optim.directions import Directions
+from natgrad.optim.precision import Precision
 from natgrad.reconstruction.fisher_layer import fisher_layers_of
 from oracles import assert_equal
 
@@ -480,5 +481,5 @@ def test_the_exact_quadratic_model_reads_the_parts_of_a_parameter() -> None:
         records = engine.everything()
     layers = engine.layers
     M, D, P = ({name: torch.randn(layer.shape) for name, layer in layers.items()} for _ in range(3))
-    directions = Directions(layers, M, D, P, records, "auto", model, labels)
+    directions = Directions(layers, M, D, P, records, Precision(), model, labels)
     assert_equal(directions.exact_curvature(), directions.sampled_curvature())

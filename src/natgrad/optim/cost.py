@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from natgrad.capture import Capture
 from natgrad.fishers import Approximation
@@ -122,9 +121,12 @@ class Counting(TorchDispatchMode):
     lack: all is finite, and every number 1."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # not at every import of natgrad
+
         super().__init__()
         self.flops = 0
         self.slow = 0.0
+        self.known = flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,8 +138,8 @@ class Counting(TorchDispatchMode):
             count = _FACTORISATIONS[func.overloadpacket](*args)
             self.flops += round(count)
             self.slow += count * (2 if func.overloadpacket in _COUNTED_HIGH else 4)
-        elif func.overloadpacket in flop_registry:
-            count = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        elif func.overloadpacket in self.known:
+            count = self.known[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
             self.flops += count
             self.slow += count
         return result

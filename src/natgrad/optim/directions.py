@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad.labels import Labels
 from natgrad.layers import Layer
 from natgrad.optim.curvature import LayerCurvature
-from natgrad.optim.precision import fast_dtype
+from natgrad.optim.precision import Precision
 from natgrad.record import Record
 
 
@@ -30,7 +30,7 @@ class Directions:
     D: Mapping[str, Tensor]
     P: Mapping[str, Tensor]
     records: Sequence[Record]
-    precision: torch.dtype | str = "auto"
+    precision: Precision = Precision()
     model: nn.Module | None = None
     labels: Labels | None = None
     joint: bool = False
@@ -123,7 +123,7 @@ class Directions:
         ]
 
     def _response(self, record: Record, name: str, layer: Layer) -> Tensor | None:
-        dtype = fast_dtype(self.precision, layer.parameters[0]) or self.D[name].dtype
+        dtype = self.precision.fast(layer) or self.D[name].dtype
         D, P = (record.directional(layer, layer.unpack(V[name].to(dtype))) for V in (self.D, self.P))
         return None if D is None or P is None else torch.stack([D, P])
 

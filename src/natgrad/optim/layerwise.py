@@ -22,7 +22,7 @@ from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
 from natgrad.optim.geometry import INVERSE, Geometry, Natural, Spectral
-from natgrad.optim.precision import fast_dtype
+from natgrad.optim.precision import Precision
 from natgrad.record import Record, Share, Sharing
 
 
@@ -63,7 +63,7 @@ class Layerwise:
     layers: Mapping[str, Layer]
     decay: float
     sharing: Sharing
-    precision: torch.dtype | str
+    precision: Precision
     damping: Damping
     geometry: Geometry = Natural()
 
@@ -144,7 +144,7 @@ class Layerwise:
 
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits the products of a layer, if any."""
-        return fast_dtype(self.precision, self.layers[name].parameters[0])
+        return self.precision.fast(self.layers[name])
 
     def _fast(self, name: str, curvature: LayerCurvature) -> torch.dtype | None:
         """The same; none where float64 is needed."""

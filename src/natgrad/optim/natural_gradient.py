@@ -31,6 +31,7 @@ from natgrad.optim.fallback import Watch, no_samples
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
+from natgrad.optim.precision import Precision
 from natgrad.optim.proposal import (
     Proposal,
     keeping,
@@ -87,8 +88,8 @@ class NaturalGradient(torch.optim.Optimizer):
         groups: dicts with ``params`` and their own ``lr`` or ``weight_decay``; the rest forms a group of its own.
         adamw: settings of the AdamW rule: ``lr``, ``betas``, ``eps``, ``weight_decay``; ``False`` leaves what is
             not expected to have curvature to an optimizer of your own.
-        precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
-            the block is large) or a dtype.
+        precision: of the products with an inverse: ``"auto"`` (bfloat16 where the block is large and products in it
+            are measured to be faster; the choice is part of a checkpoint) or a dtype.
         grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
         seed: of the drawn labels.
         strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it; a layer whose
@@ -156,15 +157,16 @@ class NaturalGradient(torch.optim.Optimizer):
         self._expected = expected(model, tuple(exclude), wide)
         check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
+        fast = Precision.measured(precision, self._expected.layers.values())
         self.step_size, self.damping = step_size, as_damping(damping)
-        self._curvature = Layerwise(approximation, {}, decay, weight_sharing, precision, self.damping)
+        self._curvature = Layerwise(approximation, {}, decay, weight_sharing, fast, self.damping)
         free = overhead is None or math.isinf(overhead) or approximation.together or given >= {"observe", "refresh"}
         budget = None if free or overhead is None else Budget(overhead, cadence, given)
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
-        self.param_groups[0]["clock"] = new_clock(self.damping.initial)
+        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "bfloat16": dict(fast.chosen)}
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
         self._learnt: tuple[Any, Any] = ({}, held)
@@ -494,8 +496,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """How many entries of every parameter these layers have."""
         entries: dict[int, int] = {}
         for layer in (self._curvature.layers[name] for name in names):
-            for part, p in zip(layer.parts([*layer.parameters]), layer.parameters, strict=True):
-                entries[id(p)] = entries.get(id(p), 0) + part.numel()
+            for view, p in zip(layer.views, layer.parameters, strict=True):
+                entries[id(p)] = entries.get(id(p), 0) + math.prod(view.size)
         return entries
 
     @property
@@ -545,6 +547,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         check_checkpoint(state_dict, self.param_groups)
         before, uses = {"state": self.state, "param_groups": self.param_groups}, self._engine.inventory.saved()
+        precision = self._curvature.precision
         try:
             super().load_state_dict(state_dict)
             restore_dtypes(self.param_groups, self.state, state_dict)
@@ -552,6 +555,7 @@ class NaturalGradient(torch.optim.Optimizer):
             now = self._restored()
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self.__setstate__(before)
+            self._curvature = replace(self._curvature, precision=precision)
             self._engine.inventory.restore(uses)
             self._learn_layers()
             raise ValueError(str(error)) from error
@@ -563,6 +567,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def _restored(self) -> State:
         """The curvature that the state holds."""
         self._engine.inventory.restore(self.param_groups[0].get("uses", {}))
+        self._curvature = replace(
+            self._curvature, precision=replace(self._curvature.precision, chosen=self.param_groups[0]["bfloat16"])
+        )
         self._learn_layers()
         states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
         known = {name for name, state in states.items() if "observations" in state}
