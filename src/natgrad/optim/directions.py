@@ -82,7 +82,7 @@ class Directions:
         return torch.where(total > 0, slopes / total, torch.zeros_like(total))
 
     def least_curvature(self, slope: Tensor) -> Tensor:
-        """<D, M>^2 / capacity for a loss that saturates, else 0: what the gradient itself tells of the curvature along D.
+        """<D, M>^2 / capacity for a loss that saturates, else 0: what the gradient tells of the curvature along D.
 
         The empirical Fisher of the loss terms is at least M M^T, and no term can lose more than its capacity for long.
         Samples of a model that is sure of a wrong answer agree with it, and show no curvature at all.
