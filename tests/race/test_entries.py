@@ -83,3 +83,7 @@ def test_batches_say_which_examples_they_have() -> None:
     dealt = list(batches((x, 2 * x), 3, torch.Generator()))
     assert [len(ids) for _, _, ids in dealt] == [3, 3, 3]
     assert all(torch.equal(here, x[ids]) and torch.equal(y, 2 * x[ids]) for here, y, ids in dealt)
+    kept = list(batches((x, 2 * x), 3, torch.Generator(), keep_last=True))
+    assert [len(ids) for _, _, ids in kept] == [3, 3, 3, 1] and sorted(torch.cat([c for *_, c in kept])) == list(
+        range(10)
+    )

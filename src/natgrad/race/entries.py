@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 # `schedule` is taken by the runner, for every entry alike; all other settings reach the optimizer.
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "warmup-cosine")
 
 
 @dataclass(frozen=True)
