@@ -1,6 +1,6 @@
 """A race: tune the entries if asked, train each from each seed, and say what came of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,17 @@ class Race:
     fixed: Mapping[str, Settings] = field(default_factory=dict)
     log: bool = False
 
+    def settings_of(self, entry: Entry) -> dict[str, Any]:
+        """What an entry races with."""
+        return {**entry.defaults, **self.settings.get(entry.name, {})}
 
-def runs(race: Race, screen: Screen) -> Iterator[Run]:
-    """Yield the runs, seed by seed; ends after one that was interrupted."""
+
+def runs(race: Race, screen: Screen, has: Callable[[str, int], bool] = lambda name, seed: False) -> Iterator[Run]:
+    """Yield the runs, seed by seed, but those that it `has`; ends after one that was interrupted."""
     for seed in race.seeds:
         for entry in race.entries:
+            if has(entry.name, seed):
+                continue
             yield (done := _one(race, entry, seed, screen))
             if done.stopped == "interrupted":
                 return
@@ -44,7 +50,7 @@ def _one(race: Race, entry: Entry, seed: int, screen: Screen) -> Run:
     show = screen.follow(f"{entry.name} seed {seed}", race.rules.epochs)
     with tensorboard(folder) as write:
         watch = _both(show, write)
-        settings = {**entry.defaults, **race.settings.get(entry.name, {})}
+        settings = race.settings_of(entry)
         return run(race.task, race.data, entry, settings=settings, seed=seed, rules=race.rules, watch=watch)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.race import datasets, language, networks, physics, translation
+from natgrad.race import datasets, language, networks, physics, translation, vision
 from natgrad.race.data import Dataset, Pair
 from natgrad.race.networks import autoencoder
 
@@ -202,5 +202,41 @@ TASKS = {
             epochs=25,
             metrics={"relative L2 error": physics.relative_error},
         ),
+        Task(
+            name="resnet-bn",
+            data=vision.few_photographs,
+            model=vision.residual,
+            batch=64,
+            epochs=8,
+            chunk=500,
+            keep_last=True,
+            augment=vision.crops,
+            **CLASSES,
+        ),
+        Task(
+            name="vit",
+            data=vision.few_photographs,
+            model=vision.transformer,
+            batch=64,
+            epochs=8,
+            chunk=500,
+            keep_last=True,
+            **CLASSES,
+        ),
+        Task(
+            name="unet",
+            data=vision.clean_digits,
+            model=vision.denoiser,
+            loss=F.mse_loss,
+            likelihood=partial(MEAN_GAUSSIAN, event_dims=3),
+            batch=64,
+            epochs=10,
+            chunk=500,
+            keep_last=True,
+            augment=vision.noisy,
+            measured=vision.noisy,
+        ),
     )
 }
+
+WIDE = ("resnet-bn", "vit", "unet")  # the tasks of `natgrad race --preset wide`
