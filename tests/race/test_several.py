@@ -90,6 +90,29 @@ def test_an_interrupted_run_is_raced_again(race: Start, monkeypatch: pytest.Monk
     assert status == 0 and [(run["name"], run["stopped"]) for run in results(out)] == [("sgd", ""), ("stop", "")]
 
 
+def test_a_resumed_tuning_runs_the_trials_that_lack_and_ends_as_one_that_was_not_stopped(
+    race: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, built = ENTRIES["sgd"], list[Settings]()
+
+    def tune(stop: int, *words: str) -> list[dict[str, Any]]:
+        def build(model: nn.Module, task: Task, settings: Settings) -> Any:
+            built.append(settings)
+            if len(built) > stop:
+                raise KeyboardInterrupt
+            return whole.build(model, task, settings)
+
+        built.clear()
+        monkeypatch.setitem(ENTRIES, "sgd", replace(whole, build=build))
+        _, out = race("--tune", "6", "--tune-only", *words, entries="sgd")
+        tried = json.loads((out / "trials.json").read_text())["tiny"]["sgd"]
+        return [{key: trial[key] for key in ("number", "settings", "loss")} for trial in tried]
+
+    at_once = tune(6)
+    assert [trial["loss"] for trial in tune(4)][:4] == [trial["loss"] for trial in at_once[:4]]
+    assert tune(6, "--resume") == at_once and len(built) == 2, "the 5th was interrupted"
+
+
 KILLED = """
     import os, signal, sys
     from natgrad.race.cli import main
