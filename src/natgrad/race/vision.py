@@ -85,10 +85,11 @@ def transformer(found: Dataset) -> VisionTransformer:
 def clean_digits(folder: Path | None) -> Dataset:
     """The bundled digits as inputs and targets (n, 1, 16, 16) in [-1, 1]: 4,000 for training, 1,000 for test.
 
-    They are padded to 32x32, and every four pixels are one, their mean.
+    They are padded to 32x32, and every four pixels are one, their mean; the first few have all classes.
     """
     found = datasets.digit_labels(folder)
     x, test_x = (_shrunk(pair[0]) for pair in (found.train, found.test) if pair)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     return Dataset(found.name, (x, x), (test_x, test_x))
 
 
