@@ -169,6 +169,14 @@ def test_several_tasks_are_tuned_one_by_one_into_one_file_that_can_be_given_back
         assert [run["configuration"] for run in results(out / task)] == [book[task]["adamw"]]
 
 
+def test_several_tasks_may_be_tuned_alone_and_raced_after_it(race: Start, counted: list[Settings]) -> None:
+    words = ("--tune", "2", "--epochs", "1", "--resume")
+    status, out = race("--tune-only", *words, task="tiny,other", entries="counted")
+    assert status == 0 and len(counted) == 4 and not (out / "tiny" / "results.json").exists()
+    race(*words, task="tiny,other", entries="counted")
+    assert len(counted) == 6 and [len(results(out / task)) for task in ("tiny", "other")] == [1, 1]
+
+
 def test_a_task_without_data_is_left_out_of_several_with_the_reason(
     race: Start, tiny: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
