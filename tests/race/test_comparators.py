@@ -59,6 +59,40 @@ def test_law_28_fails_for_adamw_whose_first_step_is_the_sign(tiny: Task) -> None
     assert cosine(step, polar(M)) < 0.97
 
 
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon_steps_a_kernel_as_it_does_the_flattened_matrix(tiny: Task, adjust: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    kernel, matrix = nn.Conv2d(6, 10, 3, bias=False), nn.Linear(54, 10, bias=False)
+    with torch.no_grad():
+        matrix.weight.copy_(kernel.weight.flatten(1))
+    racers = [(m, built("muon", m, tiny, adjust_lr_fn=adjust, weight_decay=0.1)) for m in (kernel, matrix)]
+    before = kernel.weight.detach().clone()
+    for _ in range(3):
+        gradient = torch.randn(10, 54, generator=random)
+        for module, optimizer in racers:
+            optimizer.zero_grad()
+            module.weight.grad = gradient.reshape(module.weight.shape)
+            optimizer.step()
+    assert torch.equal(kernel.weight.flatten(1), matrix.weight) and not torch.equal(kernel.weight, before)
+    racers[0][1].zero_grad()
+    assert kernel.weight.grad is None
+
+
+def test_muon_takes_the_kernels_and_leaves_tables_positions_and_ends_to_adamw(tiny: Task) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3)
+            self.place, self.table = nn.Parameter(torch.zeros(1, 5, 4)), nn.Embedding(9, 4)
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    model = Network()
+    by_muon, by_adam = built("muon", model, tiny).optimizers
+    assert [id(p) for p in by_muon.kernels] == [id(model.second.weight), id(model.inner.weight)]
+    held = {id(p) for p in by_adam.param_groups[0]["params"]}
+    assert held == {id(p) for p in model.parameters()} - {id(p) for p in by_muon.kernels}
+
+
 def test_law_28_soap_in_the_basis_of_the_entries_is_adam(tiny: Task) -> None:
     random = torch.Generator().manual_seed(0)
     scales = torch.tensor([5.0, 3.0, -2.0, 1.0, -0.5, 0.25])

@@ -29,6 +29,20 @@ def test_each_first_order_space_holds_settings_that_build(tiny: Task, name: str)
         entry.start(tiny.model(tiny.data(None)), tiny, {**entry.defaults, **entry.space(study.ask())}, 6)
 
 
+def test_people_s_ways_with_adamw_and_muon_are_in_their_spaces() -> None:
+    from optuna.trial import FixedTrial
+
+    shared = {"weight_decay": 0.1, "schedule": "warmup-cosine"}
+    adam = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99, **shared}
+    assert ENTRIES["adamw"].space(FixedTrial(adam)) == adam
+    own = {"momentum": 0.95, "ends": False, **shared}
+    two = {"adjust_lr_fn": "original", "lr": 0.02, "adam_lr": 3e-3, **own}
+    one = {"adjust_lr_fn": "match_rms_adamw", "lr_of_both": 3e-3, **own}
+    assert ENTRIES["muon"].space(FixedTrial(two)) == two
+    found = ENTRIES["muon"].space(FixedTrial(one))
+    assert found["lr"] == found["adam_lr"] == 3e-3 and "lr_of_both" not in found
+
+
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in FIRST_ORDER])
 def test_each_natural_entry_lowers_the_loss_with_the_defaults_of_the_library(tiny: Task, name: str) -> None:
     done = run(tiny, tiny.data(None), ENTRIES[name], settings={}, seed=0, rules=Rules(3))
@@ -83,3 +97,7 @@ def test_batches_say_which_examples_they_have() -> None:
     dealt = list(batches((x, 2 * x), 3, torch.Generator()))
     assert [len(ids) for _, _, ids in dealt] == [3, 3, 3]
     assert all(torch.equal(here, x[ids]) and torch.equal(y, 2 * x[ids]) for here, y, ids in dealt)
+    kept = list(batches((x, 2 * x), 3, torch.Generator(), keep_last=True))
+    assert [len(ids) for _, _, ids in kept] == [3, 3, 3, 1] and sorted(torch.cat([c for *_, c in kept])) == list(
+        range(10)
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from natgrad.race.data import Dataset
 from natgrad.race.entries import ENTRIES, Entry, Settings
 from natgrad.race.results import record
-from natgrad.race.run import Rules, Run, run, schedule, train
+from natgrad.race.run import Rules, Run, mean_loss, paced, run, schedule, steps_per_epoch, train
 from natgrad.race.tasks import Task
 from natgrad.race.tune import trials
 
@@ -84,6 +84,14 @@ def test_the_cosine_schedule_falls_from_one_to_zero(tiny: Task) -> None:
         schedule("steps", 10)
 
 
+def test_the_warm_up_takes_a_20th_of_the_steps_and_the_cosine_the_others() -> None:
+    factor = schedule("warmup-cosine", 100)
+    assert [factor(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert factor(5) == 1 and factor(99) == pytest.approx((1 - math.cos(math.pi / 95)) / 2)
+    assert factor(5 + 19) == pytest.approx((1 + math.cos(math.pi / 5)) / 2)
+    assert schedule("warmup-cosine", 1)(0) == 1 and schedule("warmup-cosine", 10)(0) == 1
+
+
 def test_a_scheduled_run_ends_with_a_small_learning_rate(tiny: Task) -> None:
     rates: list[float] = []
 
@@ -95,6 +103,73 @@ def test_a_scheduled_run_ends_with_a_small_learning_rate(tiny: Task) -> None:
     chosen = {"lr": 0.1, "schedule": "cosine"}
     list(train(tiny, tiny.data(None), Entry("s", build, lambda trial: {}), settings=chosen, seed=0, rules=Rules(2)))
     assert rates[0] == 0.1 and rates == sorted(rates, reverse=True) and rates[-1] < 0.01
+
+
+def test_every_group_of_an_entry_follows_the_schedule_from_its_own_rate(tiny: Task) -> None:
+    together = ENTRIES["muon"].build(tiny.model(tiny.data(None)), tiny, {**ENTRIES["muon"].defaults, "ends": True})
+    paced(together, "warmup-cosine", 40)(0)
+    assert [group["lr"] for group in together.param_groups] == [0.02 / 2, 1e-3 / 2]
+
+
+def test_a_last_incomplete_batch_is_kept_where_the_task_says_so(tiny: Task) -> None:
+    seen: list[int] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(len(target))
+        return tiny.loss(output, target)
+
+    for keep, sizes in ((False, [20] * 4), (True, [20] * 4 + [16])):
+        seen.clear()
+        task = replace(tiny, batch=20, loss=loss, chunk=1000, keep_last=keep)
+        done = quick(task, epochs=2)
+        assert [n for n in seen if n <= 20] == 2 * sizes and done.curve[-1].step == 2 * len(sizes)
+        assert steps_per_epoch(task, tiny.data(None)) == len(sizes)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "woodbury", "tengrad", "sngd", "fngd", "diagonal"])
+def test_entries_train_with_a_last_batch_that_is_smaller(tiny: Task, name: str) -> None:
+    done = quick(replace(tiny, batch=20, keep_last=True), ENTRIES[name])
+    assert done.stopped == "" and done.curve[-1].loss < done.curve[0].loss
+
+
+def test_what_is_drawn_for_the_batches_depends_on_the_seed_alone(tiny: Task) -> None:
+    seen: dict[tuple[str, int], list[Tensor]] = {}
+
+    def drawn(name: str, seed: int) -> None:
+        def augment(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            x = x + torch.randn(x.shape, generator=generator)
+            seen.setdefault((name, seed), []).append(x)
+            return x, y
+
+        task, entry = replace(tiny, augment=augment), ENTRIES[name]
+        run(task, tiny.data(None), entry, settings=entry.defaults, seed=seed, rules=Rules(2))
+
+    for name, seed in (("sgd", 0), ("adamw", 0), ("kfac", 0), ("sgd", 1)):
+        drawn(name, seed)
+    assert len(seen["sgd", 0]) == 12
+    for name in ("adamw", "kfac"):
+        assert all(torch.equal(a, b) for a, b in zip(seen["sgd", 0], seen[name, 0], strict=True))
+    assert not torch.equal(seen["sgd", 0][0], seen["sgd", 1][0])
+
+
+def test_losses_of_drawn_inputs_are_measured_on_the_same_draws_every_time(tiny: Task) -> None:
+    def noisy(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return x + torch.randn(x.shape, generator=generator), y
+
+    found, task = tiny.data(None), replace(tiny, measured=noisy, chunk=40)
+    model = tiny.model(found)
+    loss = mean_loss(task, model, found.train)
+    assert loss == mean_loss(task, model, found.train) != mean_loss(tiny, model, found.train)
+
+
+def test_losses_are_measured_as_often_within_an_epoch_as_the_task_says(tiny: Task) -> None:
+    once, thrice = quick(tiny, epochs=2), quick(replace(tiny, points=3), epochs=2)
+    where = [(p.epoch, p.step) for p in thrice.curve]
+    assert where == [(0, 0), (0, 2), (0, 4), (1, 6), (1, 8), (1, 10), (2, 12)]
+    assert [p.loss for p in thrice.curve if p.step % 6 == 0] == [p.loss for p in once.curve]
+    assert [len(epoch.batch_losses) for epoch in thrice.epochs] == [0, 2, 2, 2, 2, 2, 2]
+    seconds = [p.seconds for p in thrice.curve]
+    assert seconds == sorted(seconds)
 
 
 def test_metrics_are_measured_once_after_training_in_evaluation_mode(tiny: Task) -> None:

@@ -21,6 +21,8 @@ def sample(task: str) -> tuple[Tensor, Tensor]:
         return torch.randn(5, 7, 12, generator=generator), torch.randint(12, (5, 7), generator=generator)
     if task == "pinn":
         return torch.randn(5, 1, generator=generator), torch.zeros(5, 1)
+    if task == "unet":
+        return torch.randn(5, 1, 4, 4, generator=generator), torch.randn(5, 1, 4, 4, generator=generator)
     if "-ae" in task:
         return torch.randn(5, 9, generator=generator), torch.rand(5, 9, generator=generator)
     return torch.randn(5, 10, generator=generator), torch.randint(0, 10, (5,), generator=generator)

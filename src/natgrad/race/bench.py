@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from natgrad.race.data import Dataset
 from natgrad.race.entries import Entry, Settings
 from natgrad.race.floors import floor_flops
-from natgrad.race.run import batches, train_step
+from natgrad.race.run import draws, feed, train_step
 from natgrad.race.summary import Table
 from natgrad.race.tasks import Task
 from natgrad.race.timing import clock, held_bytes, product_rate
@@ -97,13 +97,13 @@ def bench(
 ) -> list[Cost]:
     """Time at least `steps` steps of every entry, in whole refresh periods, after one period to warm up."""
     racers = [start(task, data, entry, settings[entry.name], device) for entry in entries]
-    feed = itertools.cycle(list(itertools.islice(batches(data.train, task.batch, torch.Generator()), 20)))
+    dealt = itertools.cycle(list(itertools.islice(feed(task, data, *draws(0)), 20)))
     longest = max(racer.period for racer in racers)
-    for batch in itertools.islice(feed, max(3, longest)):
+    for batch in itertools.islice(dealt, max(3, longest)):
         for racer in racers:
             train_step(task, racer.model, racer.optimizer, *batch)
     for _ in range(math.ceil(steps / longest) * longest):
-        batch = next(feed)
+        batch = next(dealt)
         for racer in racers:
             _timed_step(task, racer, batch, device)
     return costs(racers, device, task.batch)

@@ -22,7 +22,9 @@ from natgrad.race.reproduce import command as reproducing
 from natgrad.race.results import machine, write_json
 from natgrad.race.run import Rules, Run
 from natgrad.race.settings import merge, parse_overrides, read_book, settle, tuned
-from natgrad.race.tasks import TASKS, Task
+from natgrad.race.several import write_summary
+from natgrad.race.store import Store, size
+from natgrad.race.tasks import TASKS, WIDE, Task
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -32,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 25,
         "out": Path("runs/demo"),
     },
+    "wide": {"task": ",".join(WIDE), "entries": "adamw,muon,kfac", "seeds": "0,1", "out": Path("runs/wide")},
 }
 INTERRUPTED = 130
 
@@ -64,8 +67,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _race_options(commands: Any) -> argparse.ArgumentParser:
-    race = commands.add_parser("race", help="train one task with several optimizers side by side")
+    race = commands.add_parser("race", help="train tasks with several optimizers side by side")
     race.set_defaults(command=_race)
+    race.add_argument("--task", default="mnist-ae", metavar="NAMES", help=f"some of {','.join(TASKS)}")
     _common_options(race, "adamw,muon,kfac,ekfac")
     race.add_argument("--preset", choices=PRESETS, help="a named set of the options below")
     race.add_argument("--seeds", default="0", help="such as 0,1,2")
@@ -73,8 +77,9 @@ def _race_options(commands: Any) -> argparse.ArgumentParser:
     race.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="of training per run")
     race.add_argument("--tune", type=int, default=0, metavar="N", help="trials for every entry before racing")
     race.add_argument("--tune-only", action="store_true", help="stop after tuning")
-    race.add_argument("--resume", action="store_true", help="keep what settings.json in --out has tuned already")
-    race.add_argument("--out", type=Path, help="folder of the report; default: runs/TASK")
+    race.add_argument("--resume", action="store_true", help="keep the runs and tuned settings that --out holds")
+    race.add_argument("--out", type=Path, help="folder of the report; default: runs/TASK, or runs/several")
+    race.add_argument("--cpu-seconds", action="store_true", help="count seconds of the processor, not of the clock")
     race.add_argument("--tensorboard", action="store_true", help="write event files under --out")
     return race
 
@@ -82,6 +87,7 @@ def _race_options(commands: Any) -> argparse.ArgumentParser:
 def _bench_options(commands: Any) -> None:
     bench = commands.add_parser("bench", help="time the step of every optimizer, as ratios to SGD")
     bench.set_defaults(command=_bench)
+    bench.add_argument("--task", default="mnist-ae", choices=TASKS)
     _common_options(bench, "sgd,adamw,muon,kfac,ekfac")
     bench.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps of each entry")
     bench.add_argument("--policy", default="default", help=f"some of default,{','.join(POLICIES)}")
@@ -96,7 +102,6 @@ def _data_options(commands: Any) -> None:
 
 
 def _common_options(parser: argparse.ArgumentParser, entries: str) -> None:
-    parser.add_argument("--task", default="mnist-ae", choices=TASKS)
     parser.add_argument("--entries", default=entries, help=f"some of {','.join(ENTRIES)}")
     parser.add_argument("--settings", type=Path, action="append", default=[], metavar="FILE", help="of a tuning")
     parser.add_argument("--set", action="append", default=[], metavar="ENTRY.KEY=VALUE", dest="overrides")
@@ -107,8 +112,8 @@ def _common_options(parser: argparse.ArgumentParser, entries: str) -> None:
     parser.add_argument("--examples", type=int, metavar="N", help="train on the first N examples only")
 
 
-def _prepare(arguments: argparse.Namespace) -> tuple[tuple[Entry, ...], dict[str, dict[str, Any]]]:
-    """Entries of the command line and the settings of each."""
+def _prepare(arguments: argparse.Namespace, task: str) -> tuple[tuple[Entry, ...], dict[str, dict[str, Any]]]:
+    """Entries of the command line and the settings of each on a task."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -119,54 +124,88 @@ def _prepare(arguments: argparse.Namespace) -> tuple[tuple[Entry, ...], dict[str
     if strangers:
         raise ValueError(f"--set names {', '.join(sorted(strangers))}, which does not race")
     books = [{} if arguments.defaults else tuned(), *map(read_book, arguments.settings)]
-    known = merge(books).get(arguments.task, {})
+    known = merge(books).get(task, {})
     return entries, {e.name: settle(e.name, e.defaults, known, overrides) for e in entries}
 
 
 def _race(arguments: argparse.Namespace) -> int:
-    race = _described(arguments)
+    names = arguments.task.split(",")
+    strangers = [name for name in names if name not in TASKS]
+    if strangers:
+        raise ValueError(f"no task {', '.join(map(repr, strangers))}: there are {', '.join(TASKS)}")
+    if len(names) == 1:
+        race = _described(arguments, names[0], arguments.out or Path("runs") / names[0])
+        return _one_race(arguments, race)[1]
+    out, console = arguments.out or Path("runs/several"), Console()
+    done: dict[str, list[Run]] = {}
+    missing: dict[str, str] = {}
+    status = 0
+    for name in names:
+        try:
+            race = _described(arguments, name, out / name)
+        except MissingData as error:
+            missing[name] = str(error)
+            print(f"natgrad: {name} is left out: {error}", file=sys.stderr)
+            continue
+        console.print(f"[bold]{name}[/bold]")
+        done[name], status = _one_race(arguments, race)
+        about = {"command": arguments.line, "machine": machine(race.rules.device)}
+        tables = write_summary(out, done, missing, about)
+        if status:
+            break
+    if not done:
+        raise MissingData(f"none of {', '.join(names)} has its data")
+    for opponent, table in [] if arguments.tune_only else tables:
+        console.print(f"against {opponent}:")
+        show(table, console)
+    console.print(f"over all tasks: {out / 'report.md'}", highlight=False)
+    return status
+
+
+def _one_race(arguments: argparse.Namespace, race: racing.Race) -> tuple[list[Run], int]:
+    """Tune and race on one task, and write its report; the runs, and the exit status."""
     console = Console()
-    done: list[Run] = []
+    about = {
+        "task": race.task.name,
+        "data": race.data.name,
+        "command": arguments.line,
+        "machine": machine(race.rules.device),
+        "size": size(race),
+    }
+    store = Store(race.out / "results.json", about)
     interrupted = False
     try:
         with screen(console) as shown:
             if arguments.tune:
                 found, interrupted = racing.tune(race, shown, count=arguments.tune, resume=arguments.resume)
                 race = racing.with_settings(race, found)
+            if arguments.resume:
+                store.resume(race)
             if not (interrupted or arguments.tune_only):
-                done.extend(racing.runs(race, shown))
+                for run in racing.runs(race, shown, store.has):
+                    store.add(run)
     except KeyboardInterrupt:
         interrupted = True
-    return _finish(arguments, race, done, interrupted, console)
-
-
-def _finish(
-    arguments: argparse.Namespace, race: racing.Race, done: list[Run], interrupted: bool, console: Console
-) -> int:
     if arguments.tune:
         console.print(f"tuned settings: {race.out / 'settings.json'}", highlight=False)
     if not arguments.tune_only:
-        about = {
-            "task": race.task.name,
-            "data": race.data.name,
-            "command": arguments.line,
-            "machine": machine(race.rules.device),
-        }
-        show(write_report(race.out, done, about), console)
+        show(write_report(race.out, store.runs, about), console)
         console.print(f"report: {race.out / 'report.html'}", highlight=False)
-    return INTERRUPTED if interrupted or any(run.stopped == "interrupted" for run in done) else 0
+    interrupted = interrupted or any(run.stopped == "interrupted" for run in store.runs)
+    return store.runs, INTERRUPTED if interrupted else 0
 
 
-def _described(arguments: argparse.Namespace) -> racing.Race:
-    task = TASKS[arguments.task]
-    entries, settings = _prepare(arguments)
+def _described(arguments: argparse.Namespace, name: str, out: Path) -> racing.Race:
+    task = TASKS[name]
+    entries, settings = _prepare(arguments, name)
+    device = torch.device(arguments.device)
     return racing.Race(
         task=task,
         data=_load(task, arguments),
         entries=entries,
         seeds=tuple(int(seed) for seed in arguments.seeds.split(",")),
-        rules=Rules(arguments.epochs or task.epochs, arguments.budget, torch.device(arguments.device)),
-        out=arguments.out or Path("runs") / task.name,
+        rules=Rules(arguments.epochs or task.epochs, arguments.budget, device, arguments.cpu_seconds),
+        out=out,
         settings=settings,
         fixed=parse_overrides(arguments.overrides),
         log=arguments.tensorboard,
@@ -186,7 +225,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     policies = arguments.policy.split(",")
     names = arguments.entries.split(",")
     arguments.entries = ",".join(e.name for name in names for e in with_policies(name, policies))
-    entries, settings = _prepare(arguments)
+    entries, settings = _prepare(arguments, arguments.task)
     task, device = TASKS[arguments.task], torch.device(arguments.device)
     found = bench.bench(task, _load(task, arguments), entries, settings, steps=arguments.steps, device=device)
     if arguments.json:

@@ -12,6 +12,7 @@ from torch import nn
 import natgrad
 import natgrad.fngd as fngd_package
 from natgrad.matrix import Tikhonov
+from natgrad.race.muon import muon
 from natgrad.race.tasks import Task
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 # `schedule` is taken by the runner, for every entry alike; all other settings reach the optimizer.
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "warmup-cosine")
+DECAYS = (0.0, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -48,33 +50,6 @@ class Entry:
         return self.name.partition("[")[0]
 
 
-class Together:
-    """Several optimizers over disjoint parameters, stepped as one."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all of them."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict[Any, Any]:
-        """The state of all of them, by parameter."""
-        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-
-    def zero_grad(self) -> None:
-        """Clear all gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
-    def step(self) -> None:
-        """Step each optimizer once."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
 def sgd(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
     return torch.optim.SGD(model.parameters(), **settings)
@@ -84,22 +59,6 @@ def adamw(model: nn.Module, task: Task, settings: Settings) -> torch.optim.Optim
     """Torch's AdamW (Loshchilov & Hutter 2019)."""
     beta1, beta2, rest = _betas(settings)
     return torch.optim.AdamW(model.parameters(), betas=(beta1, beta2), **rest)
-
-
-def muon(model: nn.Module, task: Task, settings: Settings) -> Together:
-    """Torch's Muon (Jordan et al. 2024) on the weight matrices, AdamW on everything else.
-
-    Embeddings are AdamW's; with `ends` false the first and the last matrix are too, as language models do it.
-    """
-    rest = dict(settings)
-    adam_lr, ends = rest.pop("adam_lr"), rest.pop("ends")
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    matrices = matrices if ends or len(matrices) < 3 else matrices[1:-1]
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    chosen = [p for p in matrices if id(p) not in tables]
-    taken = {id(p) for p in chosen}
-    others = [p for p in model.parameters() if id(p) not in taken]
-    return Together(torch.optim.Muon(chosen, **rest), torch.optim.AdamW(others, lr=adam_lr, weight_decay=0))
 
 
 def soap(model: nn.Module, task: Task, settings: Settings) -> Any:
@@ -193,19 +152,31 @@ def _adam_space(trial: Trial, low: float = 1e-4, high: float = 1e-2) -> dict[str
         "lr": trial.suggest_float("lr", low, high, log=True),
         "beta1": trial.suggest_categorical("beta1", [0.9, 0.95]),
         "beta2": trial.suggest_categorical("beta2", [0.95, 0.99, 0.999]),
-        "weight_decay": trial.suggest_categorical("weight_decay", [0.0, 1e-4, 1e-2]),
+        "weight_decay": trial.suggest_categorical("weight_decay", DECAYS),
         "schedule": trial.suggest_categorical("schedule", SCHEDULES),
     }
 
 
 def _muon_space(trial: Trial) -> dict[str, Any]:
     return {
-        "lr": trial.suggest_float("lr", 1e-3, 1e-1, log=True),
+        **_muon_rates(trial),
         "momentum": trial.suggest_categorical("momentum", [0.9, 0.95]),
-        "weight_decay": trial.suggest_categorical("weight_decay", [0.0, 1e-2]),
-        "adam_lr": trial.suggest_float("adam_lr", 1e-4, 1e-2, log=True),
+        "weight_decay": trial.suggest_categorical("weight_decay", DECAYS),
         "ends": trial.suggest_categorical("ends", [False, True]),
         "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
+def _muon_rates(trial: Trial) -> dict[str, Any]:
+    """Two rates under Muon's first rule of length; under the one that matches AdamW's steps, one for both."""
+    rule = trial.suggest_categorical("adjust_lr_fn", ["original", "match_rms_adamw"])
+    if rule == "match_rms_adamw":
+        lr = trial.suggest_float("lr_of_both", 3e-4, 3e-2, log=True)
+        return {"lr": lr, "adam_lr": lr, "adjust_lr_fn": rule}
+    return {
+        "lr": trial.suggest_float("lr", 1e-3, 1e-1, log=True),
+        "adam_lr": trial.suggest_float("adam_lr", 1e-4, 1e-2, log=True),
+        "adjust_lr_fn": rule,
     }
 
 

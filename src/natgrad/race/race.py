@@ -1,7 +1,9 @@
 """A race: tune the entries if asked, train each from each seed, and say what came of it."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,17 @@ class Race:
     fixed: Mapping[str, Settings] = field(default_factory=dict)
     log: bool = False
 
+    def settings_of(self, entry: Entry) -> dict[str, Any]:
+        """What an entry races with."""
+        return {**entry.defaults, **self.settings.get(entry.name, {})}
 
-def runs(race: Race, screen: Screen) -> Iterator[Run]:
-    """Yield the runs, seed by seed; ends after one that was interrupted."""
+
+def runs(race: Race, screen: Screen, has: Callable[[str, int], bool] = lambda name, seed: False) -> Iterator[Run]:
+    """Yield the runs, seed by seed, but those that it `has`; ends after one that was interrupted."""
     for seed in race.seeds:
         for entry in race.entries:
+            if has(entry.name, seed):
+                continue
             yield (done := _one(race, entry, seed, screen))
             if done.stopped == "interrupted":
                 return
@@ -44,7 +52,7 @@ def _one(race: Race, entry: Entry, seed: int, screen: Screen) -> Run:
     show = screen.follow(f"{entry.name} seed {seed}", race.rules.epochs)
     with tensorboard(folder) as write:
         watch = _both(show, write)
-        settings = {**entry.defaults, **race.settings.get(entry.name, {})}
+        settings = race.settings_of(entry)
         return run(race.task, race.data, entry, settings=settings, seed=seed, rules=race.rules, watch=watch)
 
 
@@ -60,7 +68,8 @@ def tune(race: Race, screen: Screen, *, count: int, resume: bool) -> tuple[dict[
     """Tune every entry with `count` trials; returns the settings by entry, and whether it was interrupted.
 
     The best settings go to `settings.json` in the folder of the race and the trials to `trials.json`, as they
-    come; with `resume`, entries that have settings there already are left as they are.
+    come; with `resume`, entries that have settings there already are left as they are, and of the others the trials
+    that are there are not run again.
     """
     book = Book(race, resume)
     for entry in race.entries:
@@ -75,6 +84,7 @@ def tune(race: Race, screen: Screen, *, count: int, resume: bool) -> tuple[dict[
             rules=race.rules,
             fixed=race.fixed.get(entry.name, {}),
             show=lambda title: screen.follow(title, race.rules.epochs),
+            held=book.held(entry.name),
         ):
             tried.append(trial)
             book.note(entry.name, tried, finished=len(tried) == count)
@@ -92,6 +102,12 @@ class Book:
         self.tried = self._read("trials.json") if resume else {}
         self.settings: dict[str, Settings] = dict(self.chosen.get(self.task, {}))
 
+    def held(self, name: str) -> list[Trial]:
+        """The trials of an entry that were there, up to one that was interrupted."""
+        found = [Trial(**held) for held in self.tried.get(self.task, {}).get(name, [])]
+        whole = takewhile(lambda trial: trial.stopped != "interrupted", found)
+        return [replace(trial, loss=math.inf) if trial.loss is None else trial for trial in whole]
+
     def note(self, name: str, tried: list[Trial], *, finished: bool) -> None:
         """Store the trials of an entry so far and, once they are all done, the best of them."""
         self.tried.setdefault(self.task, {})[name] = [asdict(trial) for trial in tried]
@@ -100,7 +116,7 @@ class Book:
         if finished and winner:
             self.settings[name] = dict(winner.settings)
             self.chosen.setdefault(self.task, {})[name] = plain(dict(winner.settings))
-            write_json(self.out / "settings.json", self.chosen)
+        write_json(self.out / "settings.json", self.chosen)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.out / name

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.race.data import Dataset, Pair
-from natgrad.race.entries import Entry, Settings
+from natgrad.race.entries import SCHEDULES, Entry, Settings
 from natgrad.race.tasks import Task
-from natgrad.race.timing import clock
 
 GROWTH = 10  # a training loss this many times the initial one counts as diverged
+WARM_UP = 0.05  # of the steps
+NOISE = 10_000  # apart from the seed of the order, which starts at the seed of the run
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for every entry: epochs, seconds of training at most, device."""
+    """What is the same for every entry: epochs, seconds of training at most, device.
+
+    Seconds are of the clock, or those that the processor spent on this process, which others on a machine disturb less.
+    """
 
     epochs: int
     budget: float = math.inf
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    processor: bool = False
+
+    def now(self) -> float:
+        """Seconds so far."""
+        return time.process_time() if self.processor else time.perf_counter()
+
+    def waited(self) -> float:
+        """Seconds so far, once the device has done all its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.now()
 
 
 Watch = Callable[[Epoch], None]
@@ -105,28 +120,32 @@ def run(
 
 
 def train(task: Task, data: Dataset, entry: Entry, *, settings: Settings, seed: int, rules: Rules) -> Iterator[Epoch]:
-    """Yield the state before training and then after every epoch."""
+    """Yield the state before training and then after every epoch, or `task.points` times in each."""
     torch.manual_seed(seed)
     model = task.model(data).to(rules.device)
     steps = steps_per_epoch(task, data)
     optimizer = entry.start(model, task, settings, steps)
-    scale = schedule(settings.get("schedule", "constant"), rules.epochs * steps)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    order = torch.Generator().manual_seed(seed)
+    pace = paced(optimizer, settings.get("schedule", "constant"), rules.epochs * steps)
+    order, noise = draws(seed)
+    within = {round(steps * part / task.points) for part in range(1, task.points)}
     step, seconds = 0, 0.0
     yield Epoch(_measure(task, data, model, 0, step, seconds))
     for number in range(1, rules.epochs + 1):
         losses = []
-        start = clock(rules.device) - seconds
-        for x, y, ids in batches(data.train, task.batch, order):
-            if settings.get("schedule", "constant") != "constant":
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * scale(step)
+        start = rules.waited() - seconds
+        for i, (x, y, ids) in enumerate(feed(task, data, order, noise), 1):
+            pace(step)
             losses.append(train_step(task, model, optimizer, x, y, ids))
             step += 1
-            if time.perf_counter() - start > rules.budget:
+            if rules.now() - start > rules.budget:
                 break
-        seconds = clock(rules.device) - start
+            if i in within:
+                seconds = rules.waited() - start
+                point = _measure(task, data, model, number - 1, step, seconds)
+                yield Epoch(point, torch.stack(losses).tolist(), _statistics(optimizer))
+                losses = []
+                start = rules.waited() - seconds
+        seconds = rules.waited() - start
         point = _measure(task, data, model, number, step, seconds)
         last = number == rules.epochs or seconds > rules.budget
         if last and math.isfinite(point.loss):
@@ -152,35 +171,76 @@ def train_step(task: Task, model: nn.Module, optimizer: Any, x: Tensor, y: Tenso
     return loss.detach()
 
 
-def batches(pair: Pair, size: int, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Deal the examples out, with their numbers, in shuffled batches of one size; a last incomplete one is left out."""
+def draws(seed: int) -> tuple[torch.Generator, torch.Generator]:
+    """The generators of a run: of the order of the examples, and of what `augment` draws."""
+    return torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + NOISE)
+
+
+def feed(
+    task: Task, data: Dataset, order: torch.Generator, noise: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Deal an epoch out in batches, as they are trained on, with the numbers of their examples."""
+    for x, y, ids in batches(data.train, task.batch, order, keep_last=task.keep_last):
+        yield (*(task.augment(x, y, noise) if task.augment else (x, y)), ids)
+
+
+def batches(
+    pair: Pair, size: int, order: torch.Generator, *, keep_last: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Deal the examples out, with their numbers, in shuffled batches; a last incomplete one is left out or kept."""
     x, y = pair
     deal = torch.randperm(len(x), generator=order).to(x.device)
-    for chosen in deal[: len(x) // size * size].split(size):
+    for chosen in deal[: len(x) if keep_last else len(x) // size * size].split(size):
         yield x[chosen], y[chosen], chosen
 
 
 def steps_per_epoch(task: Task, data: Dataset) -> int:
     """Batches in an epoch."""
-    return len(data.train[0]) // task.batch
+    whole, rest = divmod(len(data.train[0]), task.batch)
+    return whole + (1 if rest and task.keep_last else 0)
 
 
 def schedule(name: str, steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at each step: "constant", or "cosine" down to zero."""
+    """Factor of the learning rate at each of the steps 0 to steps - 1.
+
+    "constant"; "cosine" down to zero; or "warmup-cosine", up in a line over the first 20th of the steps and then
+    down to zero as a cosine.
+    """
+    warm = math.ceil(WARM_UP * steps) if name == "warmup-cosine" else 0
     if name == "constant":
         return lambda step: 1.0
-    if name == "cosine":
-        return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
-    raise ValueError(f"schedule is {name!r}: it can be 'constant' or 'cosine'")
+    if name in ("cosine", "warmup-cosine"):
+        return lambda step: (step + 1) / warm if step < warm else _cosine((step - warm) / max(1, steps - warm))
+    raise ValueError(f"schedule is {name!r}: it can be {', '.join(map(repr, SCHEDULES))}")
+
+
+def _cosine(part: float) -> float:
+    return (1 + math.cos(math.pi * part)) / 2
+
+
+def paced(optimizer: Any, name: str, steps: int) -> Callable[[int], None]:
+    """A function that sets the learning rate of every group of an optimizer for a step, by a schedule."""
+    factor = schedule(name, steps)
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def pace(step: int) -> None:
+        if name != "constant":
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(step)
+
+    return pace
 
 
 @torch.no_grad()
 def mean_loss(task: Task, model: nn.Module, pair: Pair) -> float:
-    """Mean over the loss terms of a whole set, in evaluation mode."""
+    """Mean over the loss terms of a whole set, in evaluation mode, with the same draws every time."""
     total = torch.zeros((), dtype=torch.float64, device=pair[1].device)
     terms = 0
+    fixed = torch.Generator().manual_seed(NOISE)
     with evaluating(model):
         for x, y in zip(pair[0].split(task.chunk), pair[1].split(task.chunk), strict=True):
+            if task.measured:
+                x, y = task.measured(x, y, fixed)
             total += task.loss(model(x), y).double() * task.terms(y)
             terms += task.terms(y)
     return float(total) / terms

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.race import datasets, language, networks, physics, translation
-from natgrad.race.data import Dataset
+from natgrad.race import datasets, language, networks, physics, translation, vision
+from natgrad.race.data import Dataset, Pair
 from natgrad.race.networks import autoencoder
 
 Metric = Callable[[nn.Module, Dataset], float]
+Draw = Callable[[Tensor, Tensor, torch.Generator], Pair]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,12 @@ class Task:
     """What is trained: `data(folder)`, `model(dataset)`, `loss(output, target)` and its likelihood.
 
     The loss is a mean over `terms(target)` loss terms, as many as examples where nothing is said. Losses over a whole
-    set are measured `chunk` examples at a time; `metrics` are measured once, after training.
+    set are measured `chunk` examples at a time, `points` times an epoch; `metrics` are measured once, after training.
+
+    With `keep_last` an epoch ends with the batch of what is left over, as torch's DataLoader has it by default.
+    `augment(x, y, generator)` makes of every batch what is trained on; the generator is seeded by the run's seed alone,
+    so that all entries see the same draws. `measured` does so for the sets that losses are measured on, with the same
+    draws at every measurement; without it they are measured as they are.
     """
 
     name: str
@@ -36,6 +42,10 @@ class Task:
     terms: Callable[[Tensor], int] = len
     chunk: int = 1000
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    points: int = 1
+    keep_last: bool = False
+    augment: Draw | None = None
+    measured: Draw | None = None
 
 
 def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -192,5 +202,41 @@ TASKS = {
             epochs=25,
             metrics={"relative L2 error": physics.relative_error},
         ),
+        Task(
+            name="resnet-bn",
+            data=vision.few_photographs,
+            model=vision.residual,
+            batch=64,
+            epochs=8,
+            chunk=500,
+            keep_last=True,
+            augment=vision.crops,
+            **CLASSES,
+        ),
+        Task(
+            name="vit",
+            data=vision.few_photographs,
+            model=vision.transformer,
+            batch=64,
+            epochs=8,
+            chunk=500,
+            keep_last=True,
+            **CLASSES,
+        ),
+        Task(
+            name="unet",
+            data=vision.clean_digits,
+            model=vision.denoiser,
+            loss=F.mse_loss,
+            likelihood=partial(MEAN_GAUSSIAN, event_dims=3),
+            batch=64,
+            epochs=10,
+            chunk=500,
+            keep_last=True,
+            augment=vision.noisy,
+            measured=vision.noisy,
+        ),
     )
 }
+
+WIDE = ("resnet-bn", "vit", "unet")  # the tasks of `natgrad race --preset wide`

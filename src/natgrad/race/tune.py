@@ -1,12 +1,13 @@
 """Tuning under equal terms: every entry gets the same number of full trials on its own small space."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from natgrad.race.data import Dataset
 from natgrad.race.entries import Entry
+from natgrad.race.results import plain
 from natgrad.race.run import Rules, Run, Watch, run
 from natgrad.race.tasks import Task
 
@@ -33,8 +34,12 @@ def trials(
     rules: Rules,
     fixed: Mapping[str, Any],
     show: Callable[[str], Watch],
+    held: Sequence[Trial] = (),
 ) -> Iterator[Trial]:
-    """Yield `count` trials: the entry's defaults, then those of a seeded TPE (Bergstra et al. 2011)."""
+    """Yield `count` trials: the entry's defaults, then those of a seeded TPE (Bergstra et al. 2011).
+
+    Those `held` from an earlier call are told to the TPE in place of being run, as long as it asks for the same.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -43,13 +48,17 @@ def trials(
     for number in range(count):
         asked = study.ask() if number else None
         settings = {**entry.defaults, **(entry.space(asked) if asked else {}), **fixed}
-        watch = show(f"{entry.name} trial {number + 1}/{count}")
-        done = run(task, data, entry, settings=settings, seed=SEED, rules=rules, watch=watch)
-        trial = Trial(number, settings, _value(done), done.curve[-1].seconds if done.curve else 0.0, done.stopped)
+        if number < len(held) and held[number].settings == plain(settings):
+            trial = replace(held[number], settings=settings)
+        else:
+            held = held[:number]
+            watch = show(f"{entry.name} trial {number + 1}/{count}")
+            done = run(task, data, entry, settings=settings, seed=SEED, rules=rules, watch=watch)
+            trial = Trial(number, settings, _value(done), done.curve[-1].seconds if done.curve else 0.0, done.stopped)
         if asked:
             study.tell(asked, trial.loss)
         yield trial
-        if done.stopped == "interrupted":
+        if trial.stopped == "interrupted":
             return
 
 

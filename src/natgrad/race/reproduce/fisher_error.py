@@ -27,7 +27,7 @@ from natgrad.matrix import Kronecker, KroneckerSum, Matrix, Spectral
 from natgrad.race.bench import start
 from natgrad.race.data import Dataset
 from natgrad.race.entries import Entry, Settings
-from natgrad.race.run import batches, train_step
+from natgrad.race.run import draws, feed, train_step
 from natgrad.race.tasks import Task
 
 
@@ -58,8 +58,8 @@ def along(
 ) -> Iterator[Errors]:
     """Train with `entry` and yield the errors every so many steps, on the first `examples` of the next batch."""
     racer = start(task, data, entry, settings, device)
-    order = torch.Generator().manual_seed(seed)
-    deals = (batch for _ in count() for batch in batches(data.train, task.batch, order))
+    order, noise = draws(seed)
+    deals = (batch for _ in count() for batch in feed(task, data, order, noise))
     for step, batch in zip(range(steps + 1), deals, strict=False):
         if step % every == 0:
             few = (batch[0][:examples], batch[1][:examples])
