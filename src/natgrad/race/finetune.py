@@ -14,7 +14,7 @@ from natgrad.race.data import Dataset, load_bundle, require
 
 SENTIMENTS = ("negative", "neutral", "positive")
 LENGTH = 32  # pieces of words of one text; what is longer is cut
-TRAINING, TEST = 3200, 1000
+TRAINING, TEST = 1600, 1000
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ def split(sentences: Iterable[str]) -> list[list[str]]:
 
 
 def vocabulary(sentences: Iterable[Sequence[str]], size: int) -> dict[str, int]:
-    """Number the most frequent words, the first of equals first; two numbers are kept for what is unknown and the end."""
+    """Number the most frequent words, the first of equals first; 0 and 1 are kept for unknown ones and the end."""
     counts = Counter(word for sentence in sentences for word in sentence)
     return {word: i + 2 for i, (word, _) in enumerate(counts.most_common(size - 2))}
 
 
 def windows(sentences: Iterable[Sequence[str]], known: Mapping[str, int], length: int) -> Pair:
-    """Inputs and targets (n, length) without overlap, an end after every sentence; an incomplete last one is left out."""
+    """Inputs and targets (n, length) without overlap, an end after every sentence; an incomplete last is left out."""
     lines = ([*(known.get(word, UNKNOWN) for word in sentence), END] for sentence in sentences)
     stream = torch.tensor([END, *(word for line in lines for word in line)])
     n = (len(stream) - 1) // length

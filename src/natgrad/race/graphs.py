@@ -1,4 +1,4 @@
-"""A graph network on WordNet (Fellbaum 1998): which of fifteen fields a verb belongs to, from its gloss and relatives."""
+"""A graph network on WordNet (Fellbaum 1998): the field of a verb, one of fifteen, from its gloss and relatives."""
 
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ WORDS = 1000  # of the vocabulary of the glosses
 class Graph(Dataset):
     """Inputs (n,) are nodes, targets their classes; `features` (nodes, d) and `edges` (2, e), both ways, are of all."""
 
-    features: Tensor = torch.empty(0, 0)  # noqa: RUF009
+    features: Tensor = torch.empty(0, 0)
     edges: Tensor = torch.empty(2, 0)
 
 

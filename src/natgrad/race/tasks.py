@@ -192,7 +192,7 @@ TASKS = {
         ),
         Task("lstm-lm", model=language.lstm, **BYTES),
         Task("transformer-lm", model=language.transformer, **BYTES),
-        Task("table", tables.flights, tables.table_network, batch=256, epochs=10, **CLASSES),
+        Task("table", tables.flights, tables.table_network, batch=512, epochs=12, **CLASSES),
         Task(
             name="gpt",
             data=gpt.captions,
@@ -203,9 +203,10 @@ TASKS = {
             epochs=2,
             terms=Tensor.numel,
             chunk=100,
+            points=4,
             metrics={"perplexity": gpt.perplexity},
         ),
-        Task("graph", graphs.verbs, graphs.gcn, batch=1024, epochs=40, chunk=100_000, **CLASSES),
+        Task("graph", graphs.verbs, graphs.gcn, batch=1024, epochs=30, chunk=100_000, **CLASSES),
         Task("minilm", finetune.tweets, finetune.classifier, batch=16, epochs=2, chunk=100, **CLASSES),
         Task(
             name="pinn",
