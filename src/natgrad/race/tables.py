@@ -107,13 +107,15 @@ def _number(value: str) -> float:
 class TableNetwork(nn.Module):
     """An embedding for every categorical column beside the numbers, then a perceptron (Guo & Berkhahn 2016)."""
 
-    def __init__(self, levels: Sequence[int], numbers: int, widths: Sequence[int], classes: int) -> None:
+    def __init__(
+        self, levels: Sequence[int], numbers: int, widths: Sequence[int], classes: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(n, min(16, (n + 1) // 2)) for n in levels)
         n_in = numbers + sum(min(16, (n + 1) // 2) for n in levels)
         layers: list[nn.Module] = []
         for n_out in widths:
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+            layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
             n_in = n_out
         self.dense = nn.Sequential(*layers, nn.Linear(n_in, classes))
 
@@ -127,4 +129,6 @@ class TableNetwork(nn.Module):
 def table_network(data: Dataset) -> TableNetwork:
     """The network, as large as the categories ask."""
     levels = cast(Table, data).levels
-    return TableNetwork(levels, data.train[0].shape[1] - len(levels), widths=(256, 128), classes=len(LATE) + 1)
+    return TableNetwork(
+        levels, data.train[0].shape[1] - len(levels), widths=(256, 128), classes=len(LATE) + 1, dropout=0.2
+    )
