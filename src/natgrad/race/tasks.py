@@ -192,7 +192,7 @@ TASKS = {
         ),
         Task("lstm-lm", model=language.lstm, **BYTES),
         Task("transformer-lm", model=language.transformer, **BYTES),
-        Task("table", tables.flights, tables.table_network, batch=512, epochs=12, **CLASSES),
+        Task("table", tables.flights, tables.table_network, batch=512, epochs=12, keep_last=True, **CLASSES),
         Task(
             name="gpt",
             data=gpt.captions,
@@ -204,10 +204,11 @@ TASKS = {
             terms=Tensor.numel,
             chunk=100,
             points=4,
+            keep_last=True,
             metrics={"perplexity": gpt.perplexity},
         ),
-        Task("graph", graphs.verbs, graphs.gcn, batch=1024, epochs=30, chunk=100_000, **CLASSES),
-        Task("minilm", finetune.tweets, finetune.classifier, batch=16, epochs=2, chunk=100, **CLASSES),
+        Task("graph", graphs.verbs, graphs.gcn, batch=1024, epochs=30, keep_last=True, chunk=100_000, **CLASSES),
+        Task("minilm", finetune.tweets, finetune.classifier, batch=16, epochs=2, keep_last=True, chunk=100, **CLASSES),
         Task(
             name="pinn",
             data=physics.square,
@@ -255,4 +256,4 @@ TASKS = {
     )
 }
 
-WIDE = ("resnet-bn", "vit", "unet")  # the tasks of `natgrad race --preset wide`
+WIDE = ("resnet-bn", "vit", "unet", "table", "gpt", "graph", "minilm")  # the tasks of `natgrad race --preset wide`
