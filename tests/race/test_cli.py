@@ -147,7 +147,7 @@ def test_options_beat_the_preset() -> None:
 
 def test_the_data_command_lists_every_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert len(capsys.readouterr().out.splitlines()) == 11
 
 
 def test_the_bench_writes_ratios_to_sgd(tiny: Task, tmp_path: Path) -> None:

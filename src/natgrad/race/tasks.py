@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.race import datasets, language, networks, physics, translation, vision
+from natgrad.race import datasets, finetune, gpt, graphs, language, networks, physics, tables, translation, vision
 from natgrad.race.data import Dataset, Pair
 from natgrad.race.networks import autoencoder
 
@@ -192,6 +192,23 @@ TASKS = {
         ),
         Task("lstm-lm", model=language.lstm, **BYTES),
         Task("transformer-lm", model=language.transformer, **BYTES),
+        Task("table", tables.flights, tables.table_network, batch=512, epochs=12, keep_last=True, **CLASSES),
+        Task(
+            name="gpt",
+            data=gpt.captions,
+            model=gpt.gpt,
+            loss=gpt.word_loss,
+            likelihood=categorical,
+            batch=32,
+            epochs=2,
+            terms=Tensor.numel,
+            chunk=100,
+            points=4,
+            keep_last=True,
+            metrics={"perplexity": gpt.perplexity},
+        ),
+        Task("graph", graphs.verbs, graphs.gcn, batch=1024, epochs=30, keep_last=True, chunk=100_000, **CLASSES),
+        Task("minilm", finetune.tweets, finetune.classifier, batch=16, epochs=2, keep_last=True, chunk=100, **CLASSES),
         Task(
             name="pinn",
             data=physics.square,
@@ -239,4 +256,4 @@ TASKS = {
     )
 }
 
-WIDE = ("resnet-bn", "vit", "unet")  # the tasks of `natgrad race --preset wide`
+WIDE = ("resnet-bn", "vit", "unet", "table", "gpt", "graph", "minilm")  # the tasks of `natgrad race --preset wide`
