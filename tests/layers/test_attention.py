@@ -169,7 +169,15 @@ def test_a_step_is_the_damped_inverse_of_every_block() -> None:
     model, x = Attend(), torch.randn(16, T, E)
     before = copy.deepcopy(model)
     optimizer = NaturalGradient(
-        model, KFAC(), likelihood=Gaussian(), estimator="exact", step_size=Constant(), lr=0.5, momentum=0.0, damping=0.1
+        model,
+        KFAC(),
+        likelihood=Gaussian(),
+        estimator="exact",
+        step_size=Constant(),
+        lr=0.5,
+        momentum=0.0,
+        damping=0.1,
+        overhead=None,
     )
     (0.5 * model(x).square().sum() / 16).backward()
     gradients = {name: p.grad.clone().unsqueeze(0) for name, p in model.named_parameters() if p.grad is not None}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from natgrad import KFAC
 from natgrad.matrix import Dense, Diagonal, Kronecker, Matrix, OneSided, Rows
-from natgrad.matrix.whitening import dual, polar, steepest, whitened
-from natgrad.optim.geometry import INVERSE, NO_ROOT, ROOT, Natural
+from natgrad.matrix.whitening import dual, polar, turn, turned, whitened
+from natgrad.optim.geometry import INVERSE, NO_ROOT, ROOT, Natural, direction
 from natgrad.optim.geometry import Spectral as SpectralNorm
 from oracles import assert_equal
 
@@ -74,7 +74,7 @@ def test_spectral_descent_is_steepest_in_the_spectral_norm_of_whitened_coordinat
     geometry = SpectralNorm(DAMPING, iterations=None)
     S, kind = geometry.prepare(KFAC(), matrix, 1.0)
     assert kind == ROOT
-    D = geometry.direction(S, kind, M)
+    D = direction(S, geometry.turn(S, kind, M), M)
     for group in range(GROUPS):
         values, Q = torch.linalg.eigh(damped[group])
         root = (Q * values.sqrt()) @ Q.T
@@ -129,10 +129,10 @@ def test_the_unit_of_a_matrix_changes_its_direction_by_a_number_alone() -> None:
     larger = Kronecker(1e6 * matrix.left, 1e-3 * matrix.right)
     S, T = whitened(matrix, DAMPING), whitened(larger, DAMPING)
     assert S is not None and T is not None
-    assert_equal(steepest(T, 1e4 * M) * 1e3**0.5, steepest(S, M), 1e-10)
+    assert_equal(turned(T, turn(T, 1e4 * M), 1e4 * M) * 1e3**0.5, turned(S, turn(S, M), M), 1e-10)
 
 
-@pytest.mark.parametrize("wrong", [{"damping": 0.0}, {"damping": float("inf")}, {"iterations": 0}])
+@pytest.mark.parametrize("wrong", [{"damping": 0.0}, {"damping": float("inf")}, {"iterations": 0}, {"every": 0}])
 def test_settings_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         SpectralNorm(**wrong)  # type: ignore[arg-type]

@@ -69,8 +69,8 @@ class Report:
         share = f"{100 * self.covered:.1f} % of {trained:,} trained parameters have curvature"
         if self.expected:
             share = f"expected before the first pass: {share}"
-        lines = [_table([_HEADER, *map(_words, self.rows)]), f"{share}; {total}", *filter(None, [self.planned])]
-        return "\n".join(lines)
+        lines = [_table([_HEADER, *map(_words, self.rows)]), self.planned, f"{share}; {total}"]
+        return "\n".join(filter(None, lines))
 
 
 def coverage(

@@ -18,9 +18,20 @@ from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
 from natgrad.optim.cost import Counting
-from natgrad.optim.geometry import INVERSE, Geometry, Natural, metric
+from natgrad.optim.geometry import INVERSE, ROOT, Geometry, Natural, direction, metric
 
-_COUNTERS = ("observations", "examples", "corrections", "failures", "retries", "refreshes", "since", "wide", "kind")
+_COUNTERS = (
+    "observations",
+    "examples",
+    "corrections",
+    "failures",
+    "retries",
+    "refreshes",
+    "since",
+    "wide",
+    "kind",
+    "turns",
+)
 
 _NATURAL = Natural()
 
@@ -55,7 +66,9 @@ class LayerCurvature:
     since: int = 0
     wide: int = 0
     kind: int = INVERSE
+    turns: int = 0
     damping: float = 1.0
+    turn: Tensor | None = None
     applied: LinearMap | None = None
     reason: str = ""
 
@@ -74,16 +87,19 @@ class LayerCurvature:
         values = zeros({name: statistic.value for name, statistic in blank.stats.items()})
         stats = {name: statistic.restored(values[name]) for name, statistic in blank.stats.items()}
         matrix = None if blank.matrix is None else blank.matrix.with_tensors(zeros(blank.matrix.tensors()))
-        return replace(
-            blank, stats=stats, matrix=matrix, inverse=blank.inverse.with_tensors(zeros(blank.inverse.tensors()))
-        )
+        inverse = blank.inverse.with_tensors(zeros(blank.inverse.tensors()))
+        turn = None if blank.turn is None else torch.zeros_like(blank.turn, device=layer.weight.device)
+        return replace(blank, stats=stats, matrix=matrix, inverse=inverse, turn=turn)
 
     @classmethod
     def _blank(cls, approximation: Approximation, seen: Capture, geometry: Geometry) -> Self:
         stats = approximation.merge(None, approximation.observe(seen), 0.0)
         matrix = approximation.assemble(stats)
         inverse, kind = geometry.prepare(approximation, matrix, 1.0)
-        return cls(stats, matrix if approximation.keeps else None, inverse, kind=kind)
+        *groups, out, width = inverse.shape
+        like, side = next(iter(inverse.tensors().values())), min(out, width)
+        turn = like.new_zeros(*groups, side, side) if kind == ROOT else None
+        return cls(stats, matrix if approximation.keeps else None, inverse, kind=kind, turn=turn)
 
     @property
     def ready(self) -> bool:
@@ -149,7 +165,8 @@ class LayerCurvature:
         """The same in another precision, that of statistics of a layer whose own has changed."""
         stats = {name: statistic.to(dtype) for name, statistic in self.stats.items()}
         matrix = None if self.matrix is None else self.matrix.to(dtype)
-        return replace(self, stats=stats, matrix=matrix, inverse=self.inverse.to(dtype), applied=None)
+        turn = None if self.turn is None else self.turn.to(dtype)
+        return replace(self, stats=stats, matrix=matrix, inverse=self.inverse.to(dtype), turn=turn, applied=None)
 
     def refresh(
         self,
@@ -193,9 +210,15 @@ class LayerCurvature:
         matrix = approximation.assemble(self.stats) if known is None else known
         return (matrix.trace() / (matrix.shape[-1] * matrix.shape[-2])).mean()
 
-    def precondition(self, M: Tensor, geometry: Geometry = _NATURAL) -> Tensor:
-        """The direction for M: inverse @ M, or what the geometry makes of a root."""
-        return geometry.direction(self.applied or self.inverse, self.kind, M)
+    def precondition(self, M: Tensor) -> Tensor:
+        """The direction for M: inverse @ M, or the product with a root as it is turned."""
+        return direction(self.applied or self.inverse, self.turn if self.kind == ROOT else None, M)
+
+    def turned(self, geometry: Geometry, M: Tensor, anew: bool) -> Self:
+        """With the ``turn`` of its root that is the steepest for M, if it has none or it is to be made ``anew``."""
+        if self.kind != ROOT or not (anew or not self.turns):
+            return self
+        return replace(self, turn=geometry.turn(self.inverse, self.kind, M), turns=self.turns + 1)
 
     def metric(self, X: Tensor, Y: Tensor) -> Tensor:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""
@@ -205,7 +228,7 @@ class LayerCurvature:
         matrix = approximation.assemble(self.stats, self.matrix if self.refreshed else None)
         inverse, kind = geometry.prepare(approximation, matrix.floored(floor) if floor else matrix, damping)
         kept = matrix if approximation.keeps else None
-        made = replace(self, matrix=kept, inverse=inverse, kind=kind, damping=damping, applied=None)
+        made = replace(self, matrix=kept, inverse=inverse, kind=kind, turns=0, damping=damping, applied=None)
         renewed = replace(made, failures=0, since=0)
         corrections = 0 if approximation.seed else self.corrections
         return replace(renewed, corrections=corrections, refreshes=self.refreshes + 1)
@@ -218,6 +241,8 @@ class LayerCurvature:
         if self.matrix is not None:
             parts |= {f"matrix.{name}": value for name, value in self.matrix.tensors().items()}
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
+        if self.turn is not None:
+            parts["turn"] = self.turn
         return parts | {name: getattr(self, name) for name in _COUNTERS} | {"damping": self.damping}
 
     def with_state(self, state: Mapping[str, Any], layer: str, spanning: bool = False) -> Self:
@@ -253,6 +278,7 @@ class LayerCurvature:
             )
         return replace(
             self,
+            turn=state.get("turn"),
             stats={name: statistic.restored(state[f"stats.{name}"]) for name, statistic in self.stats.items()},
             matrix=None if self.matrix is None else self.matrix.with_tensors(tensors("matrix")),
             inverse=inverse,

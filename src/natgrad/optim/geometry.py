@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.fishers import Approximation
 from natgrad.matrix import LinearMap, Matrix
-from natgrad.matrix.whitening import dual, steepest, whitened
+from natgrad.matrix.whitening import dual, turn, turned, whitened
 
 INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
 
@@ -30,9 +30,13 @@ class Geometry(ABC):
     def made(self, kind: int) -> bool:
         """Whether a preconditioner of this kind is its own."""
 
-    def direction(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor:
-        """The direction D for a gradient M (*groups, out, in)."""
-        return preconditioner @ M
+    def turn(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor | None:
+        """What turns a root into the linear map that is steepest for a gradient M (*groups, out, in), if any does."""
+        return None
+
+    def turns(self, step: int) -> bool:
+        """Whether that is made anew at a step."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,23 @@ class Spectral(Geometry):
     <= 1, where <M, D> = |S M|_*, the nuclear norm. With F = I it is Muon's direction. ``damping`` times its mean
     eigenvalue is added to every factor before the root; that of the optimizer plays no part. Matrices without a root
     (:func:`~natgrad.matrix.whitening.whitened`) give the natural direction. It is not linear in M, so that momentum
-    comes before it. Cost of a step: 2 m n^2 + 6 m^2 n + 34 m^3 flops for sides m <= n.
+    comes before it.
+
+    As M is an average that changes slowly, the map that takes it to D is renewed ``every`` so many steps and at every
+    refresh, and serves in between (a preconditioner by the second moment of M, as Shampoo's). Cost of a step: that of
+    the natural gradient, and of a renewal 2 m n^2 + 4 m^2 n + 38 m^3 flops for sides m <= n; memory m^2.
     """
 
     damping: float = 0.1
+    every: int = 5
     iterations: int | None = 5
 
     def __post_init__(self) -> None:
         """Refuse a damping that is not positive, and iterations that are no number of them."""
         if not 0 < self.damping < float("inf"):
             raise ValueError(f"damping must be a finite number > 0, got {self.damping!r}")
+        if not (isinstance(self.every, int) and self.every > 0):
+            raise ValueError(f"every must be a whole number of at least 1, got {self.every!r}")
         if self.iterations is not None and not (isinstance(self.iterations, int) and self.iterations > 0):
             raise ValueError(f"iterations must be a whole number of at least 1 or None, got {self.iterations!r}")
 
@@ -78,9 +89,18 @@ class Spectral(Geometry):
         """A root, or its stand-in."""
         return kind != INVERSE
 
-    def direction(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor:
-        """S polar(S M)."""
-        return steepest(preconditioner, M, self.iterations) if kind == ROOT else preconditioner @ M
+    def turn(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor | None:
+        """T, see :func:`~natgrad.matrix.whitening.turn`."""
+        return turn(preconditioner, M, self.iterations) if kind == ROOT else None
+
+    def turns(self, step: int) -> bool:
+        """Every so many steps."""
+        return step % self.every == 0
+
+
+def direction(preconditioner: LinearMap, T: Tensor | None, M: Tensor) -> Tensor:
+    """D for a gradient M: the product with an inverse, or with a root as T turns it."""
+    return preconditioner @ M if T is None else turned(preconditioner, T, M)
 
 
 def metric(preconditioner: LinearMap, kind: int, X: Tensor, Y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A method that couples layers adds one map over all of them, made anew whenever o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,8 +100,10 @@ class Layerwise:
 
     def _begun(self, name: str, kept: Mapping[str, Any]) -> LayerCurvature:
         layer = self.layers[name]
-        natural = kept.get("kind", INVERSE) == INVERSE
-        curvature = LayerCurvature.empty(self.of(name), layer, Natural() if natural else Spectral())
+        geometry = self.geometry if "kind" not in kept else Natural() if kept["kind"] == INVERSE else Spectral()
+        curvature = LayerCurvature.empty(self.of(name), layer, geometry)
+        if "turn" in kept and curvature.turn is None:  # of a run that has roots at other times
+            curvature = replace(curvature, turn=kept["turn"])
         if "observations" not in kept or kept.get("momentum", curvature.inverse).shape != layer.shape:
             return curvature.prepared(self.fast(name))
         known = curvature.with_state(kept, name, self.approximation.together)
@@ -133,12 +135,19 @@ class Layerwise:
         tensors += [tensor for matrix in corrected if matrix is not None for tensor in matrix.tensors().values()]
         return finiteness(tensors)
 
+    def turned(self, state: State, M: Mapping[str, Tensor], step: int) -> State:
+        """The state with its roots turned to what is steepest for M, where that is due."""
+        anew = self.geometry.turns(step)
+        layers = {n: c.turned(self.geometry, M[n], anew) if n in M else c for n, c in state.items()}
+        same = all(layers[name] is state[name] for name in layers)
+        return state if same else replace(state, layers=layers)
+
     def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """D: inverse @ M, or what the geometry makes of M."""
+        """D: inverse @ M, or the product with a root as it is turned."""
         coupled = {name: gradient for name, gradient in M.items() if state.joint is not None and self._couples(name)}
         known = state.joint @ coupled if state.joint is not None and coupled else {}
         return {
-            name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient, self.geometry)
+            name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient)
             for name, gradient in M.items()
         }
 

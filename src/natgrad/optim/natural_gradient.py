@@ -323,7 +323,8 @@ class NaturalGradient(torch.optim.Optimizer):
         account = self._schedule.charged(account, self._curvature.layers, self.steps, free, bool(records), *change)
         layers = self._curvature.layers
         names = [name for name, c in curvature.items() if c.refreshed and layers[name].has_gradient]
-        directions, averages, lr = self._directions({name: layers[name] for name in names}, curvature, records)
+        chosen = {name: layers[name] for name in names}
+        directions, averages, curvature, lr = self._directions(chosen, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
         if names and not records and self.step_size.needs_samples(self._clock["memory"]):
@@ -357,8 +358,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _directions(
         self, layers: dict[str, Layer], curvature: State, records: list[Record]
-    ) -> tuple[Directions, dict[str, Tensor] | None, float]:
-        """The directions of the step, the averages that they come from, and the learning rate that they all share."""
+    ) -> tuple[Directions, dict[str, Tensor] | None, State, float]:
+        """The directions of the step, the averages that they come from, the curvature as it is turned to them, and the
+        learning rate that all layers share."""
         M, memory = blocks(layers), self._clock["memory"]
         beta = self.step_size.averages(memory)
         other = (beta is None) == bool(self._clock.get("averaged", 0))  # than the last step's: P is of another kind
@@ -366,6 +368,7 @@ class NaturalGradient(torch.optim.Optimizer):
         P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
         averages = None if beta is None else {n: torch.lerp(M[n], P[n], beta) for n in M}
         ahead = M if beta is None or averages is None else {n: torch.lerp(M[n], averages[n], beta) for n in M}
+        curvature = self._curvature.turned(curvature, ahead, self.steps)
         D = self._curvature.precondition(curvature, ahead)
         precision, labels = self._curvature.precision, self._engine.labels
         joint = curvature.joint is not None
@@ -374,7 +377,12 @@ class NaturalGradient(torch.optim.Optimizer):
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares, lr = self._rates(layers)
         every = list(shares.values())
-        return (directions if all(share == 1.0 for share in every) else directions.scaled(every)), averages, lr
+        return (
+            (directions if all(share == 1.0 for share in every) else directions.scaled(every)),
+            averages,
+            curvature,
+            lr,
+        )
 
     def _rates(self, names: Iterable[str]) -> tuple[dict[str, float], float]:
         """The largest learning rate of the groups, and what share of it every layer has."""
