@@ -28,6 +28,7 @@ BELOW: dict[str, set[str]] = {
     "masks": set(),
     "record": {"capture", "layers", "operations", "rows", "sparse"},
     "verification": {"layers", "operations", "record"},
+    "scale": {"labels", "likelihoods", "record"},
     "engine": {
         "calls", "capture", "hooks", "labels", "layers", "masks", "operations", "record", "rows", "verification",
     },
@@ -37,7 +38,9 @@ BELOW: dict[str, set[str]] = {
         "engine", "rows", "capture", "fisher", "fishers", "labels", "layers", "likelihoods", "look", "matrix",
         "operations",
     },
-    "optim": {"engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix"},
+    "optim": {
+        "engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix", "scale",
+    },
     "fngd": {
         "calls", "engine", "record", "rows", "capture", "fishers", "hooks", "layers", "matrix", "operations", "optim",
     },

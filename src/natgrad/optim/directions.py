@@ -95,7 +95,7 @@ class Directions:
             HD, HP = (self.labels.likelihood.hessian_product(output, J, record.targets) for J in (JD, JP))
             total = total + torch.stack([_dot(JD, HD), _dot(JD, HP), _dot(JP, HP)])
             count = count + float(record.count())
-        return total / count
+        return total * (self.labels.factor / count)
 
     @cached_property
     def _responses(self) -> list[dict[str, Tensor]]:

@@ -44,6 +44,7 @@ from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
 from natgrad.record import Record, Sharing
+from natgrad.scale import Gauge, gauged
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -157,7 +158,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._learnt: tuple[Any, Any] = ({}, held)
         self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict, self._elsewhere)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
-        self._now = State()
+        self._now, self._gauge = State(), Gauge()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         watched: dict[str, Any] = {
@@ -312,7 +313,8 @@ class NaturalGradient(torch.optim.Optimizer):
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):
             return None
-        capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
+        labels = self._engine.labels
+        capacity = 1.0 if labels is None else labels.factor * labels.capacity
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
@@ -333,7 +335,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self, layers: dict[str, Layer], curvature: State, records: list[Record]
     ) -> tuple[Directions, float]:
         """The directions of the step, and the learning rate that they all share."""
-        M = blocks(layers)
+        M = blocks(layers, 1.0 if self._engine.labels is not None else self._gauge.unit)
         D = self._curvature.precondition(curvature, M)
         kept = {name: self._kept(layer).get("momentum") for name, layer in layers.items()}
         P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
@@ -366,6 +368,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for name, curvature in proposal.curvature.items():
                 remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
+        self._clock.update(self._gauge.numbers())
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if not self._engine.inventory.facts and not any(group["lr"] for group in self.param_groups):
             self._foresee()
@@ -400,7 +403,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _damping(self) -> float:
         """lambda in the units of the loss, which may be a multiple of the negative log-likelihood."""
         scaled = self._engine.labels is not None and self.damping.of_likelihood
-        return self._clock["damping"] * (self._engine.labels.scale if scaled and self._engine.labels else 1.0)
+        labels = self._engine.labels
+        return self._clock["damping"] * (labels.factor * labels.scale if scaled and labels else 1.0)
 
     @property
     def _clock(self) -> dict[str, Any]:
@@ -462,16 +466,26 @@ class NaturalGradient(torch.optim.Optimizer):
         return finiteness([p.grad for p in rest if p.grad is not None])
 
     def _rescale(self, records: list[Record]) -> None:
-        """Without a likelihood: gradients of the user's mean loss as those of the sum over all examples of the step."""
-        if self._engine.labels is None:
-            scale = sum(record.examples() for record in records)
+        """Seeds in the unit of the user's loss; without a likelihood, the gradients of that loss as those of the sum
+        over all examples of the step, in a unit that does not depend on its own."""
+        labels, scaler = self._engine.labels, self._scaler
+        announced = None if scaler is None or labels is not None else 1 / scaler.get_scale()
+        self._gauge = gauged(Gauge.of(self._clock), records, labels, self._engine.altered, announced)
+        if labels is None:
+            n = sum(record.examples() for record in records)
             for record in records:
-                record.scale = scale / (self._scaler.get_scale() if self._scaler is not None else 1.0)
+                record.scale = n * self._gauge.altered / self._gauge.unit
+        else:
+            labels.factor = self._gauge.factor
+            for record in records if labels.factor != 1.0 else ():
+                record.scale *= labels.factor**0.5
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         samples = self.step_size.needs_samples(self._clock["memory"])
         self._engine.armed = samples or self._curvature.observes(self.steps)
+        self._engine.compares = Gauge.of(self._clock).open
+        self._engine.probes = self._engine.compares or self._engine.labels is None
         self._engine.attach()
         self._engine.begin()
         if self._engine.labels is not None:
@@ -497,7 +511,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._engine.inventory.restore(uses)
             self._learn_layers()
             raise ValueError(str(error)) from error
-        self._now, self._report = now, {}
+        self._now, self._report, self._gauge = now, {}, Gauge.of(self._clock)
         for name, curvature in now.items():
             remember_layer(self._curvature.layers[name], curvature, self.state)
         self._arm()
