@@ -17,10 +17,8 @@ from natgrad.record import Record
 
 ENOUGH = 3
 """Steps that are compared."""
-_NEAR, _WIDE = (
-    1.25,
-    2.0,
-)  # factors that are taken as 1: where the weights of the terms are clear, and where they are not
+_SCALED = 1 / 64  # what makes gradients smaller than this is not clipping alone
+_NEAR, _WIDE = 1.25, 3.0  # factors taken as 1: where the weights of the terms are clear, and where they are not
 
 
 @dataclass(frozen=True)
@@ -114,17 +112,20 @@ def gauged(
     """
     if not records or (labels is not None and not gauge.open):
         return gauge
-    found = unit_change(alteration(altered), gauge.altered) if announced is None else announced
-    gauge = replace(gauge, altered=found)
+    found = alteration(altered) if announced is None else announced
+    gauge = replace(gauge, altered=unit_change(found, gauge.altered) if announced is None else announced)
     if not gauge.open:
         return gauge
     if labels is None:
-        return gauge.with_square(square_of(records, found))
+        return gauge.with_square(square_of(records, gauge.altered))
     said = None if gauge.told else complaint_of(records, labels)
     if said is not None:
         warnings.warn(said, stacklevel=6)
         gauge = replace(gauge, told=1)
-    return gauge.with_factor(factor_of(records, labels, found))
+    factor = factor_of(records, labels)
+    if factor is not None and found is not None and found < _SCALED and _is_scale(factor) and factor * found < 1:
+        return gauge.with_factor(1.0)  # of a GradScaler, before clipping
+    return gauge.with_factor(factor_of(records, labels, gauge.altered))
 
 
 def complaint_of(records: Iterable[Record], labels: Labels) -> str | None:
@@ -177,7 +178,12 @@ def unit_change(found: float | None, before: float) -> float:
         return before
     if found > before:
         return 2.0 ** math.ceil(math.log2(found))
-    return 2.0 ** math.ceil(math.log2(found)) if found < 1 / 64 else before
+    return 2.0 ** math.ceil(math.log2(found)) if found < _SCALED else before
+
+
+def _is_scale(x: float) -> bool:
+    """Whether this is a power of 2, as the scales of a ``GradScaler`` are."""
+    return abs(x / 2.0 ** round(math.log2(x)) - 1) < 1e-3
 
 
 def _reading(record: Record, labels: Labels) -> Reading | None:

@@ -95,7 +95,9 @@ def softmax_form(z: Tensor, g: Tensor, smoothing: float = 0.0) -> Form:
     if beside > 1e-2 * whole:
         apart = together = 1.0
     total = own if apart <= MISFIT and z.shape[-1] > 2 else soft
-    return Form(count, gr / rr, together, apart, total, total, away <= 0.5 * up, spread > 1e-3 * rr)
+    return Form(
+        count, gr / rr, together, apart, total, total, away <= 0.5 * up and beside <= 0.25 * whole, spread > 1e-3 * rr
+    )
 
 
 def sigmoid_form(z: Tensor, g: Tensor) -> Form:
