@@ -114,7 +114,7 @@ class Parts(nn.Module):
         return y
 
 
-def in_one_unit(model: nn.Module, **settings: Any) -> NaturalGradient:
+def in_one_unit(model: nn.Module, **settings: Any) -> Any:
     """An optimizer that does not measure the unit of the loss at its own model's outputs."""
     optimizer = optimizer_of(model, **settings)
     optimizer.param_groups[0]["clock"]["loss_compared"] = ENOUGH

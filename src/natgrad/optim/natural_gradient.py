@@ -85,7 +85,7 @@ class NaturalGradient(torch.optim.Optimizer):
             not expected to have curvature to an optimizer of your own.
         precision: of the products with an inverse: ``"auto"`` (bfloat16 where the hardware has matrix units for it and
             the block is large) or a dtype.
-        grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone, and where every step is clipped.
+        grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator where every step is clipped.
         seed: of the drawn labels.
         strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it.
         calls: names of methods of the model, other than ``forward``, whose calls are passes too.
