@@ -30,6 +30,7 @@ BELOW: dict[str, set[str]] = {
     "record": {"capture", "layers", "operations", "rows", "sparse"},
     "sorting": {"layers", "operations", "record"},
     "verification": {"layers", "operations", "record"},
+    "scale": {"labels", "likelihoods", "record"},
     "engine": {
         "calls", "capture", "hooks", "labels", "layers", "masks", "operations", "record", "rows", "sorting",
         "verification",
@@ -41,7 +42,7 @@ BELOW: dict[str, set[str]] = {
         "operations",
     },
     "optim": {
-        "engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix",
+        "engine", "masks", "record", "capture", "fishers", "labels", "layers", "likelihoods", "look", "matrix", "scale",
         "sparse",
     },
     "fngd": {

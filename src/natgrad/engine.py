@@ -55,6 +55,9 @@ class Engine:
     ) -> None:
         self.armed = False
         self.keep_inputs = False
+        self.compares = False  # whether records keep the gradients that the user's loss leaves at the outputs
+        self.probes = False  # whether some gradients are kept as backward passes leave them:
+        self.altered: list[tuple[Tensor, Tensor]] = []  # those, and what they are when records are taken
         self.labels = labels
         self.inventory = Inventory(model, tuple(exclude), wide)
         self._model, self._only_training, self._batch_dim, self._lasting = model, only_training, batch_dim, lasting
@@ -64,6 +67,7 @@ class Engine:
         self._waiting: WeakSet[Record] = WeakSet()  # alive as long as their outputs are
         self._filled: dict[int, set[int]] = {}  # of every backward pass, the parameters whose gradient it filled
         self._taps: dict[int, Any] = {}  # of parameters
+        self._probed: dict[int, tuple[Tensor, Tensor]] = {}
         self._running = False
         self._once: dict[tuple[int, bool], bool] = {}
         self._verification, self._sorting = Verification(self.inventory), Sorting(self.inventory)
@@ -113,6 +117,8 @@ class Engine:
             record.settle(self._filled)
             strays = ((*stray, True) for stray, tasks in record.strays.items() if tasks & self._filled.keys())
             self.inventory.add((), strays)
+        present = [(then, p.grad) for p, then in self._probed.values() if p.grad is not None]
+        self.altered = [(then, now) for then, now in present if then.shape == now.shape]
         self._forget()
         return records
 
@@ -130,7 +136,7 @@ class Engine:
             self._forget()
 
     def _forget(self) -> None:
-        self._records, self._waiting, self._filled = [], WeakSet(), {}
+        self._records, self._waiting, self._filled, self._probed = [], WeakSet(), {}, {}
         for tap in self._taps.values():
             tap.remove()
         self._taps = {}
@@ -227,11 +233,15 @@ class Engine:
             )
             reached = self._send_back(record, watch, selected, self.labels, again)
             self._await(record, nodes, outputs, _leaves(output))
+            if self.compares and any(x is selected for x in _leaves(output)) and _has_gradient(selected):
+                self._keep_left(record, [selected], self.labels.targets)
         record.targets = None if self.labels is None else self.labels.targets
         if self.keep_inputs:
             record.inputs = args, kwargs
         if self.labels is None:
             self._follow_strays(record, watch)
+            if self.compares:
+                self._keep_left(record, {id(x): x for x in _leaves(output) if _has_gradient(x)}.values())
         self._sorting.sort(record, watch, reached)
         self._verification.check(record)
         self._which = Examples(self._which.start + record.examples())
@@ -253,6 +263,13 @@ class Engine:
             for node in nodes:
                 node.register_prehook(alive)
 
+    def _keep_left(self, record: Record, outputs: Iterable[Tensor], targets: Any = None) -> None:
+        """See what the user's loss leaves at outputs, to be compared with what the likelihood says."""
+        for x in outputs:
+            left = record.await_gradient(x)
+            record.known = record.rows.targets(targets, left.output)
+            x.register_hook(Quiet(partial(_add, left.by_task)))
+
     def _follow_strays(self, record: Record, watch: Watch) -> None:
         """Without labels: see which operations without a rule the user's loss depends on."""
         for p, what, y in watch.strays:
@@ -266,7 +283,12 @@ class Engine:
     def _tap(self, watch: Watch) -> None:
         """Note which backward passes fill the gradients of what was used."""
 
+        trained = [p for p in self._watched if p.requires_grad]
+        small = {id(p) for p in sorted(trained, key=Tensor.numel)[:3]}
+
         def fill(p: Tensor) -> None:
+            if self.probes and id(p) in small and p.grad is not None and p.grad.layout is torch.strided:
+                self._probed[id(p)] = p, p.grad.detach().clone()
             task = torch._C._current_graph_task_id()
             self._filled.setdefault(task, set()).add(id(p))
             for record in [waiting for waiting in self._waiting if task in waiting.tasks]:
@@ -274,6 +296,8 @@ class Engine:
                 self._records.append(record)
 
         used = {id(call.weight.parameter): call.weight.parameter for call in watch.calls}
+        if self.probes:
+            used |= {id(p): p for p in trained if id(p) in small}
         for key in used.keys() - self._taps.keys():
             self._taps[key] = used[key].register_post_accumulate_grad_hook(fill)
 
@@ -385,6 +409,16 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 def _enter(tasks: set[int], gradient: Tensor) -> None:
     tasks.add(torch._C._current_graph_task_id())
+
+
+def _has_gradient(x: Any) -> bool:
+    """Whether this is a tensor that a backward pass reaches."""
+    return isinstance(x, Tensor) and x.grad_fn is not None and x.is_floating_point()
+
+
+def _add(by_task: dict[int, Tensor], gradient: Tensor) -> None:
+    task, gradient = torch._C._current_graph_task_id(), gradient.detach()
+    by_task[task] = by_task[task] + gradient if task in by_task else gradient
 
 
 def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:

@@ -26,7 +26,8 @@ class Labels:
     """Output gradients for one forward pass: the likelihood, the estimator, and a generator of its own.
 
     ``targets`` are the true labels of the coming forward pass, for the estimator ``"empirical"`` and for ignored terms;
-    ``source``, if there is one, finds them in the arguments of that pass.
+    ``source``, if there is one, finds them in the arguments of that pass. ``factor`` is the user's loss as a multiple
+    of what the likelihood says, where it was found to be one.
     """
 
     likelihood: Objective
@@ -37,6 +38,7 @@ class Labels:
     generator: torch.Generator | None = None
     capacity: float = 1.0
     scale: float = 1.0
+    factor: float = 1.0
 
     def reseed(self, seed: int) -> None:
         """Start the stream of random labels anew; on a CPU a batch draws the same labels whole or in parts."""

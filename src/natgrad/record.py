@@ -88,6 +88,14 @@ class Use:
         return self.mask if self.mask is not None and self.mask.shape == self.how.positions else None
 
 
+@dataclass(frozen=True)
+class Left:
+    """An output, and the gradients that the user's backward passes leave there, by the pass."""
+
+    output: Tensor
+    by_task: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class Record:
     """One forward pass: the uses of every layer, and its loss terms.
@@ -95,7 +103,8 @@ class Record:
     ``terms``: weights (n, terms) of the loss terms, or the number of terms of one example. ``scale``: what the recorded
     gradients must be multiplied by. ``which``: the examples. ``rows``: how many there are, and where. ``mask``: which
     positions (n, t) of the examples exist, where it was told. ``tasks``: the backward passes that have reached this
-    forward pass.
+    forward pass. ``left``: outputs and the gradients that the user's loss left there, ``known`` the targets that they
+    have, where this was asked for.
     """
 
     calls: dict[str, list[Use]] = field(default_factory=dict)
@@ -111,7 +120,10 @@ class Record:
     tasks: set[int] = field(default_factory=set)
     whole: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     strays: dict[tuple[str, str], set[int]] = field(default_factory=dict)
+    known: Any = None
+    left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _by_task: list[tuple[Call, dict[int, Tensor]]] = field(default_factory=list)
+    _left: list[Left] = field(default_factory=list)
 
     def add(self, call: Call, layer: Layer, swapped: bool) -> None:
         """One more use of a layer."""
@@ -123,12 +135,26 @@ class Record:
         self._by_task.append((call, {}))
         return self._by_task[-1][1]
 
+    def await_gradient(self, output: Tensor) -> Left:
+        """Where the gradients at an output in the user's own backward passes are to be put."""
+        self._left.append(Left(output.detach() if output.dtype.itemsize >= 4 else output.detach().float()))
+        return self._left[-1]
+
+    def last(self) -> list[Tensor | None]:
+        """The gradients of the last call that any reached."""
+        return next((call.gradients for call, _ in reversed(self._by_task) if call.reached), [])
+
     def settle(self, filled: Mapping[int, set[int]] | None) -> None:
         """Let the gradients be those of the backward passes that ``filled`` the weight's; of all if it is ``None``."""
         for call, by_task in self._by_task:
             parameter = id(call.weight.parameter)
             chosen = [g for task, g in by_task.items() if filled is None or parameter in filled.get(task, ())]
             call.gradients[:] = [reduce(torch.add, chosen) if chosen else None]
+        self.left = [
+            (left.output, reduce(torch.add, chosen))
+            for left in self._left
+            if (chosen := [g for task, g in left.by_task.items() if filled is None or task in filled])
+        ]
 
     def captures(self, layer: Layer, sharing: Sharing = "expand", share: Share = ALL) -> Iterator[Capture]:
         """What ``layer`` saw of a ``share`` of the examples: one :class:`Capture` per seed.

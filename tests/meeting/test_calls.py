@@ -250,7 +250,8 @@ def test_a_model_that_returns_its_loss_has_the_empirical_fisher_of_that_loss(for
     first.step()
     G, found = torch.stack(gradients), first.state[fresh.last.weight]["stats.F"].reshape(18, 18)
     chosen = [6 * row + column for row in range(3) for column in range(5)]
-    assert_equal(found[chosen][:, chosen], G.mT @ G / N)
+    square = first.statistics()["loss_square"]  # of the unit
+    assert_equal(square * found[chosen][:, chosen], G.mT @ G / N)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])

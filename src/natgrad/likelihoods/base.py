@@ -21,6 +21,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from natgrad.likelihoods.forms import Reading, along
+
 Inputs = Literal["logits", "probabilities"]
 Pointer = str | int | Callable[[Any], Tensor] | None
 
@@ -70,6 +72,14 @@ class Objective(ABC):
     @abstractmethod
     def hessian_product(self, output: Any, V: Any, targets: Any = None) -> Any:
         """The Hessian of the loss, summed over terms, in the output (scale and weights included), times V."""
+
+    def reading(self, output: Any, gradient: Any, targets: Any = None) -> Reading | None:
+        """The weights that a loss with this ``gradient`` in the output gives its terms, if it is of this form."""
+        return None
+
+    def complaint(self, output: Any, gradient: Any) -> str | None:
+        """What is wrong with this likelihood for a loss with this ``gradient`` in the output, where that is sure."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +174,28 @@ class Likelihood(Objective):
 
     # What the engine calls.
 
+    def reading(self, output: Tensor, gradient: Tensor, targets: Tensor | None = None) -> Reading | None:
+        """By the targets, where they are known and the gradient is that of the NLL at them; else by its form."""
+        if isinstance(targets, Tensor):
+            known = along(gradient, self._gradient(output, targets))
+            if known.own:
+                terms = self.terms(output, targets)
+                count = float(terms.sum() if isinstance(terms, Tensor) else terms * len(output))
+                return Reading(known.c * count, known.c * count, True)
+        return self.form_reading(output, gradient)
+
+    def form_reading(self, output: Tensor, gradient: Tensor) -> Reading | None:
+        """The weights of the terms by the form of the gradient alone."""
+        return None
+
+    def _gradient(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Of the NLL sum at the true labels."""
+        self.check_targets(output, targets)
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.nll(leaf, targets), leaf)
+        return gradient
+
     def sampled(
         self, output: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None = None
     ) -> Iterator[Tensor]:
@@ -183,10 +215,7 @@ class Likelihood(Objective):
 
     def empirical(self, output: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """One seed: the gradient of the NLL at the true labels."""
-        self.check_targets(output, targets)
-        with torch.enable_grad():
-            leaf = output.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.nll(leaf, targets), leaf)
+        gradient = self._gradient(output, targets)
         weights = self.weights(output, targets)
         if weights is not None:  # nll carries the weight, a seed its square root
             gradient = self.unevents(

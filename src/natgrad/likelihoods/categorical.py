@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from natgrad.likelihoods.base import Inputs, Likelihood, check_inputs, tiny
+from natgrad.likelihoods.forms import Form, Reading, are_probabilities, sigmoid_form, softmax_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,39 @@ class Categorical(Likelihood):
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
+
+    def form_reading(self, output: Tensor, gradient: Tensor) -> Reading | None:
+        """g = c (p - y) with a label y of every term, which need not be known."""
+        return self._form(output, gradient).reading
+
+    def complaint(self, output: Tensor, gradient: Tensor) -> str | None:
+        """Outputs that are probabilities; a softmax over another dimension; a sigmoid."""
+        if are_probabilities(self.events(output).flatten(0, 1)):
+            return (
+                "the outputs are probabilities (all positive, with sums of 1), and are read as logits, which takes the "
+                "softmax twice: let the model return logits, with cross_entropy as the loss, or, if the loss takes the "
+                "logarithm of the outputs, say Categorical(inputs='probabilities')"
+            )
+        if self._form(output, gradient).own:
+            return None
+        for dim in range(1, output.ndim):
+            other = replace(self, class_dim=dim, weight=None)
+            if dim != self.class_dim % output.ndim and output.shape[dim] > 2 and other._form(output, gradient).sure:
+                return (
+                    f"the gradient of the loss at an output of shape {tuple(output.shape)} is that of a softmax over "
+                    f"dimension {dim}, and Categorical reads the classes in dimension {self.class_dim}: say "
+                    f"Categorical(class_dim={dim})"
+                )
+        if output[0].numel() > 2 and sigmoid_form(output.flatten(1), gradient.flatten(1)).sure:
+            return (
+                "the gradient of the loss at the output is sigmoid(f) - y, that of binary cross entropy, and not of a "
+                "softmax: say Bernoulli()"
+            )
+        return None
+
+    def _form(self, output: Tensor, gradient: Tensor) -> Form:
+        z, g = (self.events(x).flatten(0, 1) for x in (output, gradient))
+        return softmax_form(z, g, self.label_smoothing)
 
     def hessian_product(self, output: Tensor, V: Tensor, targets: Tensor | None = None) -> Tensor:
         """w (p * v - p (p . v))."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.likelihoods.base import Likelihood
+from natgrad.likelihoods.forms import softmax_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +65,17 @@ class Elementwise(Reduced):
     @abstractmethod
     def curvature(self, events: Tensor) -> Tensor:
         """The second derivative of the NLL in each output."""
+
+
+def as_softmax(output: Tensor, gradient: Tensor) -> str | None:
+    """The complaint about a loss whose gradient is p - y, p the softmax over the last or the second dimension."""
+    for dim in dict.fromkeys((output.ndim - 1, 1)) if output.ndim > 1 else ():
+        classes = output.shape[dim]
+        z, g = (x.movedim(dim, -1).flatten(0, -2) for x in (output, gradient))
+        if classes > 2 and softmax_form(z, g).sure:
+            say = "Categorical()" if dim == output.ndim - 1 else f"Categorical(class_dim={dim})"
+            return (
+                "the gradient of the loss at the output is that of cross_entropy, a softmax over the "
+                f"{classes} entries of dimension {dim}: say {say}"
+            )
+    return None

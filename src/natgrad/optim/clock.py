@@ -6,6 +6,7 @@ from typing import Any
 
 from natgrad.optim.damping import Damping
 from natgrad.optim.step_size import Decision
+from natgrad.scale import Gauge
 
 Clock = dict[str, Any]
 
@@ -14,7 +15,7 @@ def new_clock(damping: float) -> Clock:
     """Before the first step."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
     start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "memory": {}, "account": {}}
-    return {**start, **dict.fromkeys(names, 0.0)}
+    return {**start, **dict.fromkeys(names, 0.0), **Gauge().numbers()}
 
 
 def remember(clock: Clock, damping: Damping, decision: Decision, drift: float, lr: float) -> dict[str, float]:

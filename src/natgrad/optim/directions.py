@@ -89,7 +89,7 @@ class Directions:
         """
         if self.labels is None or not self.labels.likelihood.saturates:
             return torch.zeros_like(slope)
-        return slope.square() / self.labels.capacity
+        return slope.square() / (self.labels.factor * self.labels.capacity)
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
         """The same with the D of every layer multiplied by a factor of its own."""
@@ -112,7 +112,7 @@ class Directions:
             HD, HP = (self.labels.likelihood.hessian_product(output, J, record.targets) for J in (JD, JP))
             total = total + torch.stack([_dot(JD, HD), _dot(JD, HP), _dot(JP, HP)])
             count = count + float(record.count())
-        return total / count
+        return total * (self.labels.factor / count)
 
     @cached_property
     def _responses(self) -> list[dict[str, Tensor]]:

@@ -245,12 +245,14 @@ def _examples(records: Sequence[Record]) -> int:
     return max(1, sum(record.examples() for record in records))
 
 
-def blocks(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """The gradients of the layers, as blocks; a layer whose bias alone has no gradient gets zeros there."""
-    return {
+def blocks(layers: Mapping[str, Layer], unit: float = 1.0) -> dict[str, Tensor]:
+    """The gradients of the layers, as blocks, of the loss in a ``unit``; a layer whose bias alone has no gradient gets
+    zeros there."""
+    own = {
         name: layer.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters])
         for name, layer in layers.items()
     }
+    return own if unit == 1.0 else {name: M / unit for name, M in own.items()}
 
 
 def _fits(curvature: LayerCurvature, layer: Layer) -> bool:

@@ -47,6 +47,7 @@ from natgrad.optim.shampoo import shampoo_step
 from natgrad.optim.step_size import Automatic, Decision, Situation, StepSize, read_once
 from natgrad.optim.validate import as_damping, check_settings
 from natgrad.record import Record, Sharing
+from natgrad.scale import Gauge, gauged
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -90,7 +91,7 @@ class NaturalGradient(torch.optim.Optimizer):
             not expected to have curvature to an optimizer of your own.
         precision: of the products with an inverse: ``"auto"`` (bfloat16 where the block is large and products in it
             are measured to be faster; the choice is part of a checkpoint) or a dtype.
-        grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator alone.
+        grad_scaler: the ``GradScaler`` in use; needed for the empirical estimator where every step is clipped.
         seed: of the drawn labels.
         strict: refuse to leave a parameter to AdamW that ``exclude`` does not name, once a step shows it; a layer whose
             matrix cannot be factorised then raises ``FactorisationError``.
@@ -172,7 +173,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._learnt: tuple[Any, Any] = ({}, held)
         self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict, self._elsewhere)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
-        self._now = State()
+        self._now, self._gauge = State(), Gauge()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
         watched: dict[str, Any] = {
@@ -336,7 +337,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if not all(math.isfinite(value) for value in read.values()):
             return None
         self._watch.fallen({n: c.reason for n, c in curvature.items() if c.aside}, self._now)
-        capacity = 1.0 if self._engine.labels is None else self._engine.labels.capacity
+        labels = self._engine.labels
+        capacity = 1.0 if labels is None else labels.factor * labels.capacity
         scheduled = any("initial_lr" in g or g["lr"] != g["first_lr"] for g in self._natural)
         situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
@@ -361,7 +363,7 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> tuple[Directions, dict[str, Tensor] | None, State, float]:
         """The directions of the step, the averages that they come from, the curvature as it is turned to them, and the
         learning rate that all layers share."""
-        M, memory = blocks(layers), self._clock["memory"]
+        M, memory = blocks(layers, 1.0 if self._engine.labels is not None else self._gauge.unit), self._clock["memory"]
         beta = self.step_size.averages(memory)
         other = (beta is None) == bool(self._clock.get("averaged", 0))  # than the last step's: P is of another kind
         kept = {name: None if other else self._kept(layer).get("momentum") for name, layer in layers.items()}
@@ -407,6 +409,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
         self._clock["averaged"] = int(proposal.averages is not None)
+        self._clock.update(self._gauge.numbers())
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if proposal.account is not None and proposal.account is not self._account:
             self._clock["account"] = self._schedule.saved(proposal.account)
@@ -466,7 +469,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _damping(self) -> float:
         """lambda in the units of the loss, which may be a multiple of the negative log-likelihood."""
         scaled = self._engine.labels is not None and self.damping.of_likelihood
-        return self._clock["damping"] * (self._engine.labels.scale if scaled and self._engine.labels else 1.0)
+        labels = self._engine.labels
+        return self._clock["damping"] * (labels.factor * labels.scale if scaled and labels else 1.0)
 
     @property
     def _clock(self) -> dict[str, Any]:
@@ -528,11 +532,19 @@ class NaturalGradient(torch.optim.Optimizer):
         return finiteness([p.grad for p in rest if p.grad is not None])
 
     def _rescale(self, records: list[Record]) -> None:
-        """Without a likelihood: gradients of the user's mean loss as those of the sum over all examples of the step."""
-        if self._engine.labels is None:
-            scale = sum(record.examples() for record in records)
+        """Seeds in the unit of the user's loss; without a likelihood, the gradients of that loss as those of the sum
+        over all examples of the step, in a unit that does not depend on its own."""
+        labels, scaler = self._engine.labels, self._scaler
+        announced = None if scaler is None or labels is not None else 1 / scaler.get_scale()
+        self._gauge = gauged(Gauge.of(self._clock), records, labels, self._engine.altered, announced)
+        if labels is None:
+            n = sum(record.examples() for record in records)
             for record in records:
-                record.scale = scale / (self._scaler.get_scale() if self._scaler is not None else 1.0)
+                record.scale = n * self._gauge.altered / self._gauge.unit
+        else:
+            labels.factor = self._gauge.factor
+            for record in records if labels.factor != 1.0 else ():
+                record.scale *= labels.factor**0.5
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
@@ -540,6 +552,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if geometry != self._curvature.geometry and not self._curvature.approximation.together:
             self._curvature, self._schedule.geometry = replace(self._curvature, geometry=geometry), geometry
         self._engine.armed = self._free or self._watches(self._account)
+        self._engine.compares = Gauge.of(self._clock).open
+        self._engine.probes = self._engine.compares or self._engine.labels is None
         self._engine.attach()
         self._engine.begin()
         if self._engine.labels is not None:
@@ -567,7 +581,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._engine.inventory.restore(uses)
             self._learn_layers()
             raise ValueError(str(error)) from error
-        self._now, self._report = now, {}
+        self._now, self._report, self._gauge = now, {}, Gauge.of(self._clock)
         for name, curvature in now.items():
             remember_layer(self._curvature.layers[name], curvature, self.state)
         self._arm()
