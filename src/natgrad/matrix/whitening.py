@@ -167,13 +167,14 @@ def _inverse_root(X: Tensor, iterations: int | None) -> Tensor:
     With p(x) = a + b x + c x^2, the quintic Newton-Schulz iteration on a matrix with this Gram matrix multiplies it by
     p(X) and X by p(X)^2: the products of p alone are needed.
     """
-    scale = factor.trace(X).clamp(min=torch.finfo(X.dtype).tiny)[..., None, None]
+    trace = factor.trace(X)[..., None, None]
+    scale = torch.where(trace > 0, trace, torch.inf)
     if iterations is None:
         values, Q = torch.linalg.eigh(X / scale)
         kept = values > torch.finfo(X.dtype).eps * X.shape[-1]
         return (Q * torch.where(kept, values, 1.0).rsqrt().mul(kept).unsqueeze(-2)) @ Q.mT / scale.sqrt()
     if X.shape[-1] == 1:
-        return torch.where(X > 0, scale.rsqrt(), 0.0)
+        return scale.rsqrt()
     a, b, c = _QUINTIC
     X = X / scale
     total: Tensor | None = None
