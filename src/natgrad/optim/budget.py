@@ -13,8 +13,8 @@ from natgrad.record import Share
 ENOUGH = (16, 8)  # rows of statistics in the larger side of a layer: if all goes well, and if not
 FEWEST = 256  # rows, however small the layer
 EXAMPLES = 32  # whose labels are drawn, however many positions each has
-CREDIT = 18.0  # plain steps, so that the first ten cost three each at most
-BURST = 6.0  # plain steps that one step may cost beside itself, unless one layer alone costs more
+CREDIT = 12.0  # plain steps, so that the first ten cost no more than some two and a half each
+BURST = 4.0  # plain steps that one step may cost beside itself, unless one layer alone costs more
 
 
 @dataclass(frozen=True)

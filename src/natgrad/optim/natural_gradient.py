@@ -123,7 +123,7 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: float = 0.85,
-        overhead: float | None = 0.2,
+        overhead: float | None = 0.1,
         observe_every: int | None = None,
         refresh_every: int | None = None,
         observe_fraction: float | None = None,

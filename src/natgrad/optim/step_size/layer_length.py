@@ -37,7 +37,7 @@ class LayerLength(StepSize):
     settle: float | None = 200.0
 
     chooses_momentum = True
-    lr = 0.01
+    lr = 0.02
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
