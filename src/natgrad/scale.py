@@ -74,15 +74,16 @@ class Gauge:
         return (self.measured * old + new) / (self.measured + 1)
 
 
-def factor_of(records: Sequence[Record], labels: Labels, altered: float = 1.0) -> float | None:
+def factor_of(
+    records: Sequence[Record], readings: Sequence[Reading | None], labels: Labels, altered: float = 1.0
+) -> float | None:
     """The user's loss as a multiple of what the likelihood says it is; ``None`` where that cannot be told.
 
     The weights c of the terms add up to the ``scale`` of the likelihood under a mean over terms; what they add up to
     tells sums from means, means over outputs too, and any factor. A factor near 1 is 1: smoothed labels, weights and
     auxiliary losses make such. Where labels are soft the weights have bounds, and the factor is the one of a reduction
-    (numbers of terms, outputs, passes, and 2) within them.
+    (numbers of terms, outputs, passes, and 2) within them. ``readings`` are those of the ``records``.
     """
-    readings = [_reading(record, labels) for record in records]
     known = [reading for reading in readings if reading is not None]
     if not known or len(known) < len(readings):
         return None
@@ -118,21 +119,26 @@ def gauged(
         return gauge
     if labels is None:
         return gauge.with_square(square_of(records, gauge.altered))
-    said = None if gauge.told else complaint_of(records, labels)
+    readings = [_reading(record, labels) for record in records]
+    known = all(reading is not None and reading.clear for reading in readings)
+    said = None if gauge.told else complaint_of(records, labels, known)
     if said is not None:
         warnings.warn(said, stacklevel=6)
         gauge = replace(gauge, told=1)
-    factor = factor_of(records, labels)
+    factor = factor_of(records, readings, labels)
     if factor is not None and found is not None and found < _SCALED and _is_scale(factor) and factor * found < 1:
         return gauge.with_factor(1.0)  # of a GradScaler, before clipping
-    return gauge.with_factor(factor_of(records, labels, gauge.altered))
+    return gauge.with_factor(factor_of(records, readings, labels, gauge.altered))
 
 
-def complaint_of(records: Iterable[Record], labels: Labels) -> str | None:
-    """What is wrong with the likelihood for the loss of these passes, where that is sure."""
+def complaint_of(records: Iterable[Record], labels: Labels, known: bool = False) -> str | None:
+    """What is wrong with the likelihood for the loss of these passes, where that is sure; of gradients whose form is
+    ``known`` nothing is."""
     for record in records:
         for output, gradient in _turned(record):
-            found = labels.likelihood.complaint(output, gradient)
+            found = labels.likelihood.misread(output)
+            if found is None and not known:
+                found = labels.likelihood.complaint(output, gradient)
             if found is not None:
                 return f"{type(labels.likelihood).__name__} is not the likelihood of this loss: {found}"
     return None

@@ -77,6 +77,10 @@ class Objective(ABC):
         """The weights that a loss with this ``gradient`` in the output gives its terms, if it is of this form."""
         return None
 
+    def misread(self, output: Any) -> str | None:
+        """What is wrong with this likelihood for such outputs, whatever the loss, where that is sure."""
+        return None
+
     def complaint(self, output: Any, gradient: Any) -> str | None:
         """What is wrong with this likelihood for a loss with this ``gradient`` in the output, where that is sure."""
         return None

@@ -139,14 +139,18 @@ class Categorical(Likelihood):
         """g = c (p - y) with a label y of every term, which need not be known."""
         return self._form(output, gradient).reading
 
-    def complaint(self, output: Tensor, gradient: Tensor) -> str | None:
-        """Outputs that are probabilities; a softmax over another dimension; a sigmoid."""
+    def misread(self, output: Tensor) -> str | None:
+        """Outputs that are probabilities."""
         if are_probabilities(self.events(output).flatten(0, 1)):
             return (
                 "the outputs are probabilities (all positive, with sums of 1), and are read as logits, which takes the "
                 "softmax twice: let the model return logits, with cross_entropy as the loss, or, if the loss takes the "
                 "logarithm of the outputs, say Categorical(inputs='probabilities')"
             )
+        return None
+
+    def complaint(self, output: Tensor, gradient: Tensor) -> str | None:
+        """A softmax over another dimension; a sigmoid."""
         if self._form(output, gradient).own:
             return None
         for dim in range(1, output.ndim):
