@@ -220,6 +220,10 @@ class LayerCurvature:
             return self
         return replace(self, turn=geometry.turn(self.inverse, self.kind, M), turns=self.turns + 1)
 
+    def bend(self, D: Tensor) -> int | None:
+        """D^T F D for a direction by the turn of a root; ``None`` for one by an inverse, where it is <M, D>."""
+        return D.numel() // max(D.shape[-2:]) if self.kind == ROOT else None
+
     def metric(self, X: Tensor, Y: Tensor) -> Tensor:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""
         return torch.stack([metric(self.inverse, self.kind, *pair) for pair in ((X, Y), (X, X), (Y, Y))])

@@ -22,7 +22,7 @@ class Directions:
     """Gradients M, natural gradients D and previous directions P of the covered layers, as blocks (*groups, out, in).
 
     ``records`` are the forward passes of the step, whose samples give the curvature; ``precision`` that of the products
-    with activations; ``joint`` says that D comes from a map that joins the layers, so that they have one length.
+    with activations; ``X`` are what D is the direction for, M or averages of it; ``joint`` says that D comes from a map that joins the layers, so that they have one length.
     """
 
     layers: Mapping[str, Layer]
@@ -35,6 +35,7 @@ class Directions:
     labels: Labels | None = None
     joint: bool = False
     curvature: Mapping[str, LayerCurvature] = field(default_factory=dict)
+    X: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def _device(self) -> torch.device:
@@ -56,6 +57,16 @@ class Directions:
         """<M, V>, <M, M> and <V, V> in the metric of F^-1, V = P: two products with the preconditioner a layer."""
         metrics = [c.metric(self.M[name], self.P[name]) for name, c in self.curvature.items() if name in self.M]
         return dict(zip(("MV", "MM", "VV"), torch.stack(metrics).sum(0).unbind(), strict=True))
+
+    def newton(self) -> Tensor:
+        """One number a layer: the c of c D at the minimum along D of the model that the matrix of the layer makes, <X, D>
+        / D^T F D, with D^T F D = <X, D> for a natural gradient, and the number of singular values of a polar factor.
+        """
+        slopes = _inner(self.X, self.D)
+        if self.joint or not self.curvature:
+            return torch.ones_like(slopes)
+        bends = [self.curvature[name].bend(D) for name, D in self.D.items()]
+        return torch.stack([slope / bend if bend else torch.ones_like(slope) for slope, bend in zip(slopes, bends)])
 
     def sampled_curvature(self) -> Tensor:
         """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.

@@ -374,7 +374,7 @@ class NaturalGradient(torch.optim.Optimizer):
         D = self._curvature.precondition(curvature, ahead)
         precision, labels = self._curvature.precision, self._engine.labels
         joint = curvature.joint is not None
-        directions = Directions(layers, M, D, P, records, precision, self.model, labels, joint, curvature)
+        directions = Directions(layers, M, D, P, records, precision, self.model, labels, joint, curvature, ahead)
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares, lr = self._rates(layers)
