@@ -9,8 +9,7 @@ from torch import Tensor
 from natgrad import KFAC
 from natgrad.matrix import Dense, Diagonal, Kronecker, Matrix, OneSided, Rows
 from natgrad.matrix.whitening import dual, polar, turn, turned, whitened
-from natgrad.optim.geometry import INVERSE, NO_ROOT, ROOT, Natural, direction
-from natgrad.optim.geometry import Spectral as SpectralNorm
+from natgrad.optim.geometry import INVERSE, NO_ROOT, ROOT, Frobenius, SpectralDescent, direction
 from oracles import assert_equal
 
 DAMPING = 0.1
@@ -71,7 +70,7 @@ def test_the_metric_is_that_of_the_damped_inverse(name: str) -> None:
 def test_spectral_descent_is_steepest_in_the_spectral_norm_of_whitened_coordinates(name: str) -> None:
     matrix, damped = cases()[name]
     M = torch.randn(GROUPS, OUT, IN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    geometry = SpectralNorm(DAMPING, iterations=None)
+    geometry = SpectralDescent(DAMPING, iterations=None)
     S, kind = geometry.prepare(KFAC(), matrix, 1.0)
     assert kind == ROOT
     D = direction(S, geometry.turn(S, kind, M), M)
@@ -117,11 +116,11 @@ def test_a_matrix_without_a_root_keeps_its_inverse_under_either_geometry() -> No
     X = psd(OUT * IN, 4)
     matrix = Dense(X, (OUT, IN))
     assert whitened(matrix, DAMPING) is None
-    S, kind = SpectralNorm().prepare(KFAC(), matrix, 1.0)
-    inverse, natural = Natural().prepare(KFAC(), matrix, 1.0)
+    S, kind = SpectralDescent().prepare(KFAC(), matrix, 1.0)
+    inverse, natural = Frobenius().prepare(KFAC(), matrix, 1.0)
     assert (kind, natural) == (NO_ROOT, INVERSE)
     assert_equal(S.dense(), inverse.dense(), 0.0)
-    assert SpectralNorm().made(kind) and not Natural().made(kind)
+    assert SpectralDescent().made(kind) and not Frobenius().made(kind)
 
 
 def test_the_unit_of_a_matrix_changes_its_direction_by_a_number_alone() -> None:
@@ -135,4 +134,4 @@ def test_the_unit_of_a_matrix_changes_its_direction_by_a_number_alone() -> None:
 @pytest.mark.parametrize("wrong", [{"damping": 0.0}, {"damping": float("inf")}, {"iterations": 0}, {"every": 0}])
 def test_settings_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        SpectralNorm(**wrong)  # type: ignore[arg-type]
+        SpectralDescent(**wrong)  # type: ignore[arg-type]

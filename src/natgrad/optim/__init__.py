@@ -2,6 +2,7 @@
 
 from natgrad.optim.coverage import coverage
 from natgrad.optim.damping import LevenbergMarquardt, TraceDamping
+from natgrad.optim.geometry import Frobenius, Geometry, SpectralDescent
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.step_size import (
     AdaptiveKLLimit,
@@ -9,6 +10,7 @@ from natgrad.optim.step_size import (
     Constant,
     ExactQuadraticModel,
     KLLimit,
+    LayerLength,
     QuadraticModel,
     StepSize,
 )
@@ -18,10 +20,14 @@ __all__ = [
     "Automatic",
     "Constant",
     "ExactQuadraticModel",
+    "Frobenius",
+    "Geometry",
     "KLLimit",
+    "LayerLength",
     "LevenbergMarquardt",
     "NaturalGradient",
     "QuadraticModel",
+    "SpectralDescent",
     "StepSize",
     "TraceDamping",
     "coverage",

@@ -14,18 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from natgrad.capture import Capture
 from natgrad.fishers import Approximation
 from natgrad.layers import Layer
-from natgrad.optim.geometry import Geometry, Natural
+from natgrad.optim.geometry import Frobenius, Geometry, direction
 from natgrad.sparse import Sparse, SparseCapture
 
 aten = torch.ops.aten
-_NATURAL = Natural()
+_FROBENIUS = Frobenius()
 
 
 @dataclass(frozen=True)
 class Cost:
     """The ``structure`` of a layer's matrix, the ``memory`` of its curvature in bytes, and floating-point operations.
 
-    ``step``: of a product with the inverse; ``refresh``: of a new matrix and its inverse.
+    ``step``: of the product that gives the direction, and its part of what turns a root; ``refresh``: of a new matrix
+    and its inverse, or root.
     """
 
     structure: str
@@ -34,8 +35,8 @@ class Cost:
     refresh: int
 
 
-def cost(approximation: Approximation, layer: Layer, examples: int = 1) -> Cost | None:
-    """The cost on a layer; ``None`` if what is done depends on the data.
+def cost(approximation: Approximation, layer: Layer, examples: int = 1, geometry: Geometry = _FROBENIUS) -> Cost | None:
+    """The cost on a layer under a geometry; ``None`` if what is done depends on the data.
 
     Products and factorisations count, elementwise operations do not. Of a method that keeps samples the figures are for
     a batch of ``examples``, with one position each.
@@ -46,14 +47,19 @@ def cost(approximation: Approximation, layer: Layer, examples: int = 1) -> Cost 
     try:
         with Counting() as counting:
             matrix = approximation.assemble(stats)
-            inverse = approximation.invert(matrix, 1.0)
+            inverse, kind = geometry.prepare(approximation, matrix, 1.0)
             refresh = counting.flops
-            inverse @ torch.zeros(layer.shape, dtype=layer.parameters[0].dtype, device="meta")
+            M = torch.zeros(layer.shape, dtype=layer.parameters[0].dtype, device="meta")
+            turn = geometry.turn(inverse, kind, M)
+            turned = counting.flops
+            direction(inverse, turn, M)
     except (NotImplementedError, RuntimeError):
         return None
     kept = [*inverse.tensors().values(), *(matrix.tensors().values() if approximation.keeps else ())]
+    kept += [] if turn is None else [turn]
     memory = size([*(statistic.value for statistic in stats.values()), *kept])
-    return Cost(type(matrix).__name__, memory, counting.flops - refresh, refresh)
+    step = counting.flops - turned + round((turned - refresh) / geometry.every)
+    return Cost(type(matrix).__name__, memory, step, refresh)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Work:
 
 
 def work(
-    approximation: Approximation, layer: Layer, examples: int, positions: int, geometry: Geometry = _NATURAL
+    approximation: Approximation, layer: Layer, examples: int, positions: int, geometry: Geometry = _FROBENIUS
 ) -> Work | None:
     """That of a layer, and of an observation of so many examples; ``None`` if what is done depends on the data."""
     *groups, out, width = layer.shape

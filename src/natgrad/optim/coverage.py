@@ -14,8 +14,11 @@ from natgrad.look import look
 from natgrad.optim.budget import Plan
 from natgrad.optim.cost import Cost, cost, size
 from natgrad.optim.curvature import LayerCurvature
+from natgrad.optim.geometry import Frobenius, Geometry
 from natgrad.optim.shampoo import is_matrix
+from natgrad.optim.step_size import Automatic
 
+_FROBENIUS = Frobenius()
 _HEADER = ("layer", "block", "structure", "parameters", "memory", "step", "refresh", "why")
 
 
@@ -90,9 +93,10 @@ def coverage(
     without data where the model does not read values, shows what every parameter is used for. Without any the report
     says what is expected by the classes of the modules. The model is left as it was.
 
-    Flops are of products and factorisations, counted in a dry run of the approximation on shapes alone; what joins
-    layers is not counted. Of methods that keep samples they hold for ``examples``, with one position each. Raises
-    ``ValueError`` for an ``exclude`` or ``wide`` that is none, and for a layer that is too large for the approximation.
+    Flops are of products and factorisations, counted in a dry run of the approximation on shapes alone, as the default
+    policy begins; what joins layers is not counted. Of methods that keep samples they hold for ``examples``, with one
+    position each. Raises ``ValueError`` for an ``exclude`` or ``wide`` that is none, and for a layer that is too large
+    for the approximation.
     """
     check_wide(wide)
     approximation, model = approximation or KFAC(), getattr(model, "_orig_mod", model)  # of torch.compile
@@ -104,7 +108,9 @@ def coverage(
     else:
         found = expected(model, exclude, wide)
     check_layers(approximation, found.layers.values())
-    return report(model, found, approximation, matrices_of(model, found, wide) if shampoo else {}, examples=examples)
+    matrices = matrices_of(model, found, wide) if shampoo else {}
+    geometry = Frobenius() if approximation.together else Automatic().geometry({})
+    return report(model, found, approximation, matrices, examples=examples, geometry=geometry)
 
 
 def matrices_of(model: nn.Module, found: Coverage, wide: int | None) -> dict[str, nn.Parameter]:
@@ -121,11 +127,12 @@ def report(
     others: Collection[str] = (),
     examples: int = 1,
     plan: Plan | None = None,
+    geometry: Geometry = _FROBENIUS,
 ) -> Report:
     """The report on ``found``; with the ``curvature`` of training as it stands, and the ``plan`` under a budget.
 
     ``matrices`` are those of the other parameters that Shampoo steps, and not AdamW; ``others`` another optimizer. A
-    layer that the steps so far have not seen counts as stepped by AdamW.
+    layer that the steps so far have not seen counts as stepped by AdamW. Costs are those under ``geometry``.
     """
     known: dict[object, Cost | None] = {}
     rows = []
@@ -133,7 +140,7 @@ def report(
         key = (layer.shape, layer.weight.dtype, layer.kind, layer.diagonal)
         chosen = for_layer(approximation, layer.kind)
         if key not in known:
-            known[key] = cost(chosen, layer, examples)
+            known[key] = cost(chosen, layer, examples, geometry)
         row = row_of(model, layer, known[key], _structure(layer, approximation))
         row = row if curvature is None else _as_it_stands(row, curvature.get(name))
         turn = plan.turns.get(name) if plan is not None else None

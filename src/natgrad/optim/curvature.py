@@ -18,7 +18,7 @@ from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
 from natgrad.optim.cost import Counting
-from natgrad.optim.geometry import INVERSE, ROOT, Geometry, Natural, direction, metric
+from natgrad.optim.geometry import INVERSE, ROOT, Frobenius, Geometry, direction, metric
 
 _COUNTERS = (
     "observations",
@@ -33,7 +33,7 @@ _COUNTERS = (
     "turns",
 )
 
-_NATURAL = Natural()
+_FROBENIUS = Frobenius()
 
 _LARGE = 768  # below, a dry run takes longer
 
@@ -73,7 +73,7 @@ class LayerCurvature:
     reason: str = ""
 
     @classmethod
-    def empty(cls, approximation: Approximation, layer: Layer, geometry: Geometry = _NATURAL) -> Self:
+    def empty(cls, approximation: Approximation, layer: Layer, geometry: Geometry = _FROBENIUS) -> Self:
         """A placeholder: what one example of zeros would give; of a large layer zeros alone, where shapes do not depend
         on data, since an inverse of nothing costs what any other does."""
         if approximation.reads == "all" or max(layer.shape[-2:]) < _LARGE:
@@ -137,7 +137,7 @@ class LayerCurvature:
         decay: float,
         damping: float,
         n: int | None = None,
-        geometry: Geometry = _NATURAL,
+        geometry: Geometry = _FROBENIUS,
     ) -> Self:
         """The matrix with its cheap update by the same observation, of n examples, and its inverse; as it was where
         that has none."""
@@ -174,7 +174,7 @@ class LayerCurvature:
         damping: float,
         step: int = 0,
         patience: int = 0,
-        geometry: Geometry = _NATURAL,
+        geometry: Geometry = _FROBENIUS,
     ) -> Self:
         """A new matrix and inverse; where they fail, with a floor, then in float64 with a higher one; where that fails,
         the old ones, or none if it is ``patience`` steps since they first failed.

@@ -21,6 +21,8 @@ INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root
 class Geometry(ABC):
     """What is made of a matrix at a refresh, and of a gradient with it at every step."""
 
+    every: int = 1  # steps from one :meth:`turn` to the next
+
     @abstractmethod
     def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
         """The preconditioner, and which of ``INVERSE``, ``ROOT`` and ``NO_ROOT`` it is. Raises
@@ -40,7 +42,7 @@ class Geometry(ABC):
 
 
 @dataclass(frozen=True)
-class Natural(Geometry):
+class Frobenius(Geometry):
     """The Frobenius norm, |Z|_F = (D^T F D)^(1/2): D = (F + damping I)^-1 M, the natural gradient (Amari 1998)."""
 
     def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
@@ -53,7 +55,7 @@ class Natural(Geometry):
 
 
 @dataclass(frozen=True)
-class Spectral(Geometry):
+class SpectralDescent(Geometry):
     """The spectral norm, |Z|_2: D = S polar(S M) with S = F^(-1/2), spectral descent in the Fisher's coordinates.
 
     With F = G kron A: D = G^(-1/2) polar(G^(-1/2) M A^(-1/2)) A^(-1/2). It solves max <M, D> over |G^(1/2) D A^(1/2)|_2

@@ -21,7 +21,7 @@ from natgrad.optim.cadence import Due
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.damping import Damping, TraceDamping
 from natgrad.optim.finiteness import finiteness
-from natgrad.optim.geometry import INVERSE, Geometry, Natural, Spectral
+from natgrad.optim.geometry import INVERSE, Frobenius, Geometry, SpectralDescent
 from natgrad.optim.precision import Precision
 from natgrad.record import Record, Share, Sharing
 
@@ -65,7 +65,7 @@ class Layerwise:
     sharing: Sharing
     precision: Precision
     damping: Damping
-    geometry: Geometry = Natural()
+    geometry: Geometry = Frobenius()
 
     def of(self, name: str) -> Approximation:
         """The approximation of one layer."""
@@ -100,14 +100,15 @@ class Layerwise:
 
     def _begun(self, name: str, kept: Mapping[str, Any]) -> LayerCurvature:
         layer = self.layers[name]
-        geometry = self.geometry if "kind" not in kept else Natural() if kept["kind"] == INVERSE else Spectral()
+        known = Frobenius() if kept.get("kind") == INVERSE else SpectralDescent()
+        geometry = known if "kind" in kept else self.geometry
         curvature = LayerCurvature.empty(self.of(name), layer, geometry)
         if "turn" in kept and curvature.turn is None:  # of a run that has roots at other times
             curvature = replace(curvature, turn=kept["turn"])
         if "observations" not in kept or kept.get("momentum", curvature.inverse).shape != layer.shape:
             return curvature.prepared(self.fast(name))
-        known = curvature.with_state(kept, name, self.approximation.together)
-        return known.prepared(self._fast(name, known))
+        curvature = curvature.with_state(kept, name, self.approximation.together)
+        return curvature.prepared(self._fast(name, curvature))
 
     def advance(self, state: State, records: Sequence[Record], due: Due, damping: float) -> State:
         """The state after the observations and the refreshes that are due."""

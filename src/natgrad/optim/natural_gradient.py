@@ -64,12 +64,12 @@ class NaturalGradient(torch.optim.Optimizer):
         likelihood: what the outputs mean; with it F is the true Fisher, without it the empirical one.
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
-        lr: learning rate; default as the policy has it (1 where the policy sets the length of the step).
+        lr: learning rate; default as the policy has it (.01 for ``Automatic``: the length of a step, as for AdamW).
         step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
         nesterov: look ahead by one step of the momentum.
-        weight_decay: decoupled; a step removes lr * weight_decay of a weight, so mind that lr may be 1.
+        weight_decay: decoupled; a step removes lr * weight_decay of a weight.
         decay: weight of the old statistics in the moving averages.
         overhead: the share of a plain training step that curvature may take on average. From counted flops follow,
             layer by layer, what share of examples and positions is observed, how often, and how often matrices are
@@ -249,7 +249,8 @@ class NaturalGradient(torch.optim.Optimizer):
         found, held = self._covered, self._held()
         matrices = matrices_of(self.model, found, self._wide) if self._shampoo else {}
         others = [name for name, p in self.model.named_parameters() if id(p) not in held]
-        told = report(self.model, found, self._curvature.approximation, matrices, self._now, others, plan=self._plan)
+        rule, plan, geometry = self._curvature.approximation, self._plan, self._curvature.geometry
+        told = report(self.model, found, rule, matrices, self._now, others, plan=plan, geometry=geometry)
         return str(told)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

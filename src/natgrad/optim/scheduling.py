@@ -11,7 +11,7 @@ from natgrad.layers import Layer
 from natgrad.optim.budget import Account, Budget, Load, Plan
 from natgrad.optim.cadence import Cadence, Due
 from natgrad.optim.cost import work
-from natgrad.optim.geometry import Geometry, Natural
+from natgrad.optim.geometry import Frobenius, Geometry
 from natgrad.optim.layerwise import State
 from natgrad.record import Record
 
@@ -27,7 +27,7 @@ class Schedule:
     cadence: Cadence
     budget: Budget | None = None
     samples: bool = False
-    geometry: Geometry = Natural()
+    geometry: Geometry = Frobenius()
 
     def __post_init__(self) -> None:
         """Nothing is known."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from natgrad.optim.geometry import Geometry, Natural
+from natgrad.optim.geometry import Frobenius, Geometry
 
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
@@ -72,7 +72,7 @@ class StepSize(ABC):
 
     def geometry(self, memory: Memory) -> Geometry:
         """In which norm the step is the steepest: by default the natural gradient's."""
-        return Natural()
+        return Frobenius()
 
     def averages(self, memory: Memory) -> float | None:
         """The decay of an average of gradients that is taken before the map, or ``None`` where P are directions."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from natgrad.optim.geometry import Geometry, Spectral
+from natgrad.optim.geometry import Geometry, SpectralDescent
 from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LayerLength(StepSize):
 
     rms: float = 0.2
     momentum: float = 0.95
-    norm: Geometry = Spectral()
+    norm: Geometry = SpectralDescent()
     settle: float | None = 200.0
 
     chooses_momentum = True
