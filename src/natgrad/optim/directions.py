@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.labels import Labels
 from natgrad.layers import Layer
+from natgrad.optim.averages import Averages
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.precision import Precision
 from natgrad.record import Record
@@ -21,8 +22,9 @@ from natgrad.record import Record
 class Directions:
     """Gradients M, natural gradients D and previous directions P of the covered layers, as blocks (*groups, out, in).
 
-    ``records`` are the forward passes of the step, whose samples give the curvature; ``precision`` that of the products
-    with activations; ``X`` are what D is the direction for, M or averages of it; ``joint`` says that D comes from a map that joins the layers, so that they have one length.
+    ``records`` are the forward passes of the step, whose samples give the curvature; ``precision`` that of products with
+    activations; ``X`` are what D is the direction for, M or what the ``averages`` make of it; ``joint`` says that D
+    comes from a map that joins the layers, so that they have one length.
     """
 
     layers: Mapping[str, Layer]
@@ -36,6 +38,7 @@ class Directions:
     joint: bool = False
     curvature: Mapping[str, LayerCurvature] = field(default_factory=dict)
     X: Mapping[str, Tensor] = field(default_factory=dict)
+    averages: Averages | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -58,15 +61,27 @@ class Directions:
         metrics = [c.metric(self.M[name], self.P[name]) for name, c in self.curvature.items() if name in self.M]
         return dict(zip(("MV", "MM", "VV"), torch.stack(metrics).sum(0).unbind(), strict=True))
 
+    def steadiness(self) -> Tensor:
+        """One number a layer: the root mean square of X over that of the gradients M of the last hundred steps or so.
+
+        Near 1 while gradients agree, some (1 - beta)^(1/2) where they are noise, and less where they have become small.
+        """
+        assert self.averages is not None
+        now = torch.stack([X.square().mean() for X in self.X.values()])
+        past = torch.stack([self.averages.squares[name][0] for name in self.X])
+        return (now / torch.where(past > 0, past, 1.0)).sqrt()
+
     def newton(self) -> Tensor:
-        """One number a layer: the c of c D at the minimum along D of the model that the matrix of the layer makes, <X, D>
-        / D^T F D, with D^T F D = <X, D> for a natural gradient, and the number of singular values of a polar factor.
+        """One number a layer: the c of c D at the minimum along D of the model that the layer's own matrix makes.
+
+        <X, D> / D^T F D, where D^T F D is <X, D> for a natural gradient, and the number of singular values for a polar
+        factor.
         """
         slopes = _inner(self.X, self.D)
         if self.joint or not self.curvature:
             return torch.ones_like(slopes)
-        bends = [self.curvature[name].bend(D) for name, D in self.D.items()]
-        return torch.stack([slope / bend if bend else torch.ones_like(slope) for slope, bend in zip(slopes, bends)])
+        pairs = zip(slopes, [self.curvature[name].bend(D) for name, D in self.D.items()], strict=True)
+        return torch.stack([slope / bend if bend else torch.ones_like(slope) for slope, bend in pairs])
 
     def sampled_curvature(self) -> Tensor:
         """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.

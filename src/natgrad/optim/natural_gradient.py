@@ -19,6 +19,7 @@ from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.masks import Mask
 from natgrad.optim.adamw import DEFAULTS, adamw_step
+from natgrad.optim.averages import Averages
 from natgrad.optim.budget import Account, Budget, Plan, Turn
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.checkpoints import check_checkpoint, check_parameters, check_processes
@@ -361,21 +362,25 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _directions(
         self, layers: dict[str, Layer], curvature: State, records: list[Record]
-    ) -> tuple[Directions, dict[str, Tensor] | None, State, float]:
+    ) -> tuple[Directions, Averages | None, State, float]:
         """The directions of the step, the averages that they come from, the curvature as it is turned to them, and the
         learning rate that all layers share."""
         M, memory = blocks(layers, 1.0 if self._engine.labels is not None else self._gauge.unit), self._clock["memory"]
         beta = self.step_size.averages(memory)
         other = (beta is None) == bool(self._clock.get("averaged", 0))  # than the last step's: P is of another kind
-        kept = {name: None if other else self._kept(layer).get("momentum") for name, layer in layers.items()}
+        states = {name: {} if other else self._kept(layer) for name, layer in layers.items()}
+        kept = {name: state.get("momentum") for name, state in states.items()}
         P = {n: torch.zeros_like(M[n]) if p is None or p.shape != M[n].shape else p.to(M[n]) for n, p in kept.items()}
-        averages = None if beta is None else {n: torch.lerp(M[n], P[n], beta) for n in M}
-        ahead = M if beta is None or averages is None else {n: torch.lerp(M[n], averages[n], beta) for n in M}
+        squares = {name: state.get("squares") for name, state in states.items()}
+        averages = None if beta is None else Averages.after(M, P, squares, beta)
+        ahead = M if beta is None or averages is None else averages.ahead(M, beta)
         curvature = self._curvature.turned(curvature, ahead, self.steps)
         D = self._curvature.precondition(curvature, ahead)
         precision, labels = self._curvature.precision, self._engine.labels
         joint = curvature.joint is not None
-        directions = Directions(layers, M, D, P, records, precision, self.model, labels, joint, curvature, ahead)
+        directions = Directions(
+            layers, M, D, P, records, precision, self.model, labels, joint, curvature, ahead, averages
+        )
         if layers:
             directions = self.step_size.prepare(directions, self._damping, self._clock["memory"])
         shares, lr = self._rates(layers)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers import Layer, View
+from natgrad.optim.averages import Averages
 from natgrad.optim.budget import Account
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.layerwise import State
@@ -29,7 +30,7 @@ class Proposal:
 
     curvature: State
     moves: Mapping[str, Tensor]
-    averages: Mapping[str, Tensor] | None
+    averages: Averages | None
     decision: Decision
     drift: float
     lr: float
@@ -76,7 +77,8 @@ def moves_of(
         if D is None or not group["lr"]:
             P = torch.zeros_like(P, dtype=layer.weight.dtype)
         if D is not None and proposal.averages is not None:
-            P = proposal.averages[name]
+            P = proposal.averages.V[name]
+            moves.momenta.append((parameters[0], f"{layer.slot}squares", proposal.averages.squares[name]))
         elif D is not None and group["lr"]:
             P = torch.mul(P, mu).to(D.dtype).add_(D, alpha=alpha)
         moves.momenta.append((parameters[0], key, P))
@@ -166,6 +168,7 @@ def remember_layer(layer: Layer, curvature: LayerCurvature, state: MutableMappin
     own.update({f"{layer.slot}{name}": value for name, value in curvature.state().items()})
     if momentum not in own or own[momentum].shape != layer.shape:
         own[momentum] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
+    own.setdefault(f"{layer.slot}squares", torch.zeros(2, device=weight.device))
 
 
 def without_blanks(state: Mapping[Any, dict[str, Any]]) -> None:

@@ -16,6 +16,8 @@ from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
+_STEADY = 3.0  # times the root mean square of X is as long as the step where X is noise
+
 
 @dataclass(frozen=True)
 class LayerLength(StepSize):
@@ -25,6 +27,10 @@ class LayerLength(StepSize):
     lr alpha rms D / |D|, |D| the root mean square of the entries of D in the layer. Nothing depends on the unit of the
     loss, and lr, schedules, warm-up and weight decay mean what they do for AdamW and Muon (``rms`` is that of a step
     of AdamW on noisy gradients; Liu et al., arXiv 2502.16982).
+
+    A step is shorter where gradients have become small, as AdamW's is: where 3 |X| < rms |M|, X the average that D
+    comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 3 |X| / |M|. Else a
+    network that has learnt all labels by heart would walk about at random.
 
     No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from: as a rule that
     is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the
@@ -63,7 +69,9 @@ class LayerLength(StepSize):
         count = torch.tensor([float(n) for n in sizes.values()], dtype=squares.dtype, device=squares.device)
         means = squares.sum() / count.sum() if directions.joint else squares / count
         tiny = torch.finfo(squares.dtype).tiny
-        lengths = (self.rms / means.clamp(min=tiny).sqrt()).expand(len(sizes))
+        wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms)
+        wanted = wanted.mean() if directions.joint else wanted
+        lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(sizes))
         if directions.labels is not None:
             lengths = torch.minimum(lengths, directions.newton().clamp(min=0) / self.lr)
         return directions.scaled(lengths)
