@@ -22,7 +22,7 @@ from natgrad.record import Record
 class Directions:
     """Gradients M, natural gradients D and previous directions P of the covered layers, as blocks (*groups, out, in).
 
-    ``records`` are the forward passes of the step, whose samples give the curvature; ``precision`` that of products with
+    ``records`` are the forward passes of the step, whose samples give the curvature; ``precision`` that of products by
     activations; ``X`` are what D is the direction for, M or what the ``averages`` make of it; ``joint`` says that D
     comes from a map that joins the layers, so that they have one length.
     """
@@ -55,6 +55,11 @@ class Directions:
     def gram(self) -> Tensor:
         """<D, D>, <D, P>, <P, P>."""
         return torch.stack([_inner(X, Y).sum() for X, Y in ((self.D, self.D), (self.D, self.P), (self.P, self.P))])
+
+    def sizes(self) -> dict[str, Tensor]:
+        """<D, D>, <D, P> and <P, P>, as means over all entries."""
+        count = sum(D.numel() for D in self.D.values())
+        return dict(zip(("DID", "DIP", "PIP"), (self.gram() / count).unbind(), strict=True))
 
     def agreement(self) -> dict[str, Tensor]:
         """<M, V>, <M, M> and <V, V> in the metric of F^-1, V = P: two products with the preconditioner a layer."""

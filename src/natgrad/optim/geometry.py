@@ -7,12 +7,13 @@ Of all steps D of norm 1 the steepest maximises <M, D>, M the gradient or its av
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
 from natgrad.fishers import Approximation
-from natgrad.matrix import LinearMap, Matrix
+from natgrad.matrix import Kronecker, LinearMap, Matrix, OneSided
 from natgrad.matrix.whitening import dual, turn, turned, whitened
 
 INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
@@ -31,6 +32,10 @@ class Geometry(ABC):
     @abstractmethod
     def made(self, kind: int) -> bool:
         """Whether a preconditioner of this kind is its own."""
+
+    def empirical(self) -> Geometry:
+        """What it is where F is the empirical Fisher."""
+        return self
 
     def turn(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor | None:
         """What turns a root into the linear map that is steepest for a gradient M (*groups, out, in), if any does."""
@@ -64,6 +69,8 @@ class SpectralDescent(Geometry):
     (:func:`~natgrad.matrix.whitening.whitened`) give the natural direction. It is not linear in M, so that momentum
     comes before it.
 
+    With ``sides="inputs"`` a Kronecker product counts as I kron A.
+
     As M is an average that changes slowly, the map that takes it to D is renewed ``every`` so many steps and at every
     refresh, and serves in between (a preconditioner by the second moment of M, as Shampoo's). Cost of a step: that of
     the natural gradient, and of a renewal 2 m n^2 + 4 m^2 n + 38 m^3 flops for sides m <= n; memory m^2.
@@ -72,11 +79,14 @@ class SpectralDescent(Geometry):
     damping: float = 0.1
     every: int = 5
     iterations: int | None = 5
+    sides: Literal["both", "inputs"] = "both"
 
     def __post_init__(self) -> None:
         """Refuse a damping that is not positive, and iterations that are no number of them."""
         if not 0 < self.damping < float("inf"):
             raise ValueError(f"damping must be a finite number > 0, got {self.damping!r}")
+        if self.sides not in ("both", "inputs"):
+            raise ValueError(f"sides must be 'both' or 'inputs', got {self.sides!r}")
         if not (isinstance(self.every, int) and self.every > 0):
             raise ValueError(f"every must be a whole number of at least 1, got {self.every!r}")
         if self.iterations is not None and not (isinstance(self.iterations, int) and self.iterations > 0):
@@ -84,8 +94,14 @@ class SpectralDescent(Geometry):
 
     def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
         """S, or where it has none the damped inverse."""
+        if self.sides == "inputs" and isinstance(matrix, Kronecker):
+            matrix = OneSided(matrix.right, (matrix.shape[-2], matrix.shape[-1]))
         root = whitened(matrix, self.damping)
         return (approximation.invert(matrix, damping), NO_ROOT) if root is None else (root, ROOT)
+
+    def empirical(self) -> SpectralDescent:
+        """With the inputs alone: whitening by the gradients of the true labels slows down what they agree on."""
+        return replace(self, sides="inputs")
 
     def made(self, kind: int) -> bool:
         """A root, or its stand-in."""

@@ -99,9 +99,11 @@ class Layerwise:
         return self.filled(State(), lambda layer: states.get(layer.name, {}))
 
     def _begun(self, name: str, kept: Mapping[str, Any]) -> LayerCurvature:
-        layer = self.layers[name]
-        known = Frobenius() if kept.get("kind") == INVERSE else SpectralDescent()
-        geometry = known if "kind" in kept else self.geometry
+        layer, geometry = self.layers[name], self.geometry
+        if kept.get("kind", INVERSE) != INVERSE and not isinstance(geometry, SpectralDescent):
+            geometry = SpectralDescent()
+        elif kept.get("kind") == INVERSE:
+            geometry = Frobenius()
         curvature = LayerCurvature.empty(self.of(name), layer, geometry)
         if "turn" in kept and curvature.turn is None:  # of a run that has roots at other times
             curvature = replace(curvature, turn=kept["turn"])

@@ -555,6 +555,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         geometry = self.step_size.geometry(self._clock["memory"])
+        geometry = geometry.empirical() if self._engine.labels is None else geometry
         if geometry != self._curvature.geometry and not self._curvature.approximation.together:
             self._curvature, self._schedule.geometry = replace(self._curvature, geometry=geometry), geometry
         self._engine.armed = self._free or self._watches(self._account)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
 
-_OF_MODEL = ("precise", "trust", "seen", "cap", "back")
+_OF_MODEL = ("precise", "trust", "seen", "cap", "reach", "back")
+_NEAR = 0.004  # the root mean square of the first step: that of a noisy one
 _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 
 
@@ -38,9 +39,10 @@ class Automatic(StepSize):
     is below ``threshold`` after ``patience`` comparisons, ``noisy`` is back for good.
 
     *Does the model reach too far?* Its KL limit is a trust region: it starts at a quarter, doubles after a step that
-    kept a quarter of its promise, and shrinks after one that did not. A step at whose end the loss rises more steeply
-    than it fell at its start is taken back, to the point where the line through both slopes is 0; the region shrinks
-    to a quarter of that step's KL, and damping grows.
+    kept a quarter of its promise, and shrinks after one that did not. So does the root mean square of a step, which
+    starts at that of a noisy one: where probabilities are saturated, samples see no KL however long the step is. A step
+    at whose end the loss rises more steeply than it fell at its start is taken back, to the point where the line
+    through both slopes is 0; the region shrinks to a quarter of that step's KL, and damping grows.
 
     A learning rate is that of ``noisy``; as a multiple of its default it scales the steps of ``precise`` too.
     """
@@ -101,6 +103,8 @@ class Automatic(StepSize):
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
         """Those of the policy in use, and at first what compares gradients."""
         own = self._now(memory).products(directions, damping, memory)
+        if memory.get("precise", 0.0):
+            return {**own, **directions.sizes()}
         return {**own, **directions.agreement()} if self._looks(memory) and directions.labels is not None else own
 
     def idle(self, memory: Memory) -> Memory:
@@ -115,7 +119,7 @@ class Automatic(StepSize):
         if now.memory.get("moved", 0.0) * now.read["drift"] < now.memory.get("slope", 0.0) and now.lr > 0:
             return self._taken_back(now)
         memory = self._judged(now)
-        decided = replace(self.precise, limit=memory["cap"]).decide(now)
+        decided = _within(memory["reach"], replace(self.precise, limit=memory["cap"]).decide(now), now)
         if memory["trust"] < self.threshold and memory["seen"] >= self.patience:
             kept = {name: value for name, value in self.idle(memory).items() if name not in _OF_MODEL}
             return replace(decided, memory=kept, restart=True)
@@ -137,7 +141,8 @@ class Automatic(StepSize):
         moved, start, end = now.memory["moved"], now.memory["slope"], -now.memory["moved"] * now.read["drift"]
         mu = -end / (end - start) * moved / now.lr
         cap = max(0.25 * now.memory["last"] / now.capacity, self._smallest)
-        memory = {**self.idle(now.memory), "cap": cap, "back": now.memory["back"] + 1}
+        reach = 0.25 * now.memory.get("reach", _NEAR)
+        memory = {**self.idle(now.memory), "cap": cap, "reach": reach, "back": now.memory["back"] + 1}
         slope = -now.lr * mu * now.read["drift"]
         return Decision(0.0, mu, slope, 0.5 * slope, memory, rejected=True)
 
@@ -151,13 +156,15 @@ class Automatic(StepSize):
 
     def _judged(self, now: Situation) -> dict[str, float]:
         """The memory after comparing what the last step claimed with what this batch finds."""
-        memory = {"trust": 1.0, "seen": 0.0, "cap": min(self._largest, 0.4) / 4, "back": 0.0, **now.memory}
+        memory = {"trust": 1.0, "seen": 0.0, "cap": min(self._largest, 0.4) / 4, "reach": _NEAR, "back": 0.0}
+        memory |= now.memory
         if memory.get("promise", 0.0) > 0:
             found = (now.read["drift"] + memory["bend"] - memory["known"]) / memory["promise"]
             memory["seen"] += 1
             memory["trust"] = average(memory["trust"], min(max(found, -1.0), 2.0), self.decay)
-            cap = 2 * memory["cap"] if found > 0.25 else 0.7 * memory["cap"]
-            memory["cap"] = min(max(cap, self._smallest), self._largest)
+            change = 2.0 if found > 0.25 else 0.7
+            memory["cap"] = min(max(change * memory["cap"], self._smallest), self._largest)
+            memory["reach"] = max(change * memory["reach"], 1e-3 * _NEAR)
         return memory
 
     def _promised(self, now: Situation, decided: Decision, memory: Memory) -> dict[str, float]:
@@ -170,3 +177,15 @@ class Automatic(StepSize):
             "known": decided.mu * now.read["drift"],
             "bend": now.lr * now.form("F", decided.alpha, decided.mu),
         }
+
+
+def _within(reach: float, decided: Decision, now: Situation) -> Decision:
+    """The same step, shortened to a root mean square of ``reach``."""
+    size = now.lr * max(now.form("I", decided.alpha, decided.mu), 0.0) ** 0.5
+    if size <= reach:
+        return decided
+    share, kl = reach / size, decided.predicted - decided.slope
+    slope = share * decided.slope
+    return replace(
+        decided, alpha=share * decided.alpha, mu=share * decided.mu, slope=slope, predicted=slope + share**2 * kl
+    )
