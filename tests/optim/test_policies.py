@@ -179,7 +179,7 @@ def test_a_layer_that_does_not_move_keeps_length_zero_and_no_nan_appears() -> No
 
 STEP = {"moved": 1.0, "slope": -1.0, "last": 0.04, "cap": 0.05, "back": 0.0, "trust": 1.0, "seen": 60.0}
 STEP |= {"precise": 1.0, "looked": 10.0}
-LIKE_D = dict.fromkeys(("DBD", "DFD", "PBP", "PFP"), 1.0) | dict.fromkeys(("DBP", "DFP"), 0.0)
+LIKE_D = dict.fromkeys(("DBD", "DFD", "PBP", "PFP"), 1.0) | dict.fromkeys(("DBP", "DFP", "DID", "DIP", "PIP"), 0.0)
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.5])
@@ -224,6 +224,21 @@ def test_below_the_threshold_of_trust_the_noisy_policy_is_back_for_good() -> Non
     assert "precise" not in later.memory
 
 
+def test_a_step_of_the_model_is_no_longer_than_its_reach_and_the_reach_follows_its_promises() -> None:
+    read = {"slope": 1.0, "drift": 0.5, **LIKE_D, "DID": 4.0, "DIP": 0.0, "PIP": 1.0}
+    memory = {**STEP, "promise": 1.0, "known": 0.0, "bend": 0.0, "reach": 0.01}
+    for drift, reach in [(0.5, 0.02), (0.1, 0.007)]:
+        now = Situation({**read, "drift": drift}, memory=memory)
+        decided = Automatic(QuadraticModel(limit=None)).decide(now)
+        assert decided.memory["reach"] == pytest.approx(reach)
+        assert now.form("I", decided.alpha, decided.mu) ** 0.5 == pytest.approx(reach)
+        free = QuadraticModel(limit=None).decide(now)
+        share = decided.alpha / free.alpha
+        assert share < 1 and decided.mu == pytest.approx(share * free.mu)
+        assert decided.slope == pytest.approx(share * free.slope)
+        assert decided.predicted - decided.slope == pytest.approx(share**2 * (free.predicted - free.slope))
+
+
 @pytest.mark.parametrize(("cosine", "precise"), [(0.9, True), (0.7, False)])
 def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, precise: bool) -> None:
     policy, memory = Automatic(look=3), {"settled": 0.0}
@@ -233,7 +248,7 @@ def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, pre
         memory = dict(policy.decide(Situation(read, lr=0.01, memory=memory)).memory)
     assert memory["agreement"] == pytest.approx(cosine)
     assert policy.needs_samples(memory) is precise
-    assert policy.unit(memory) == pytest.approx(100.0 if precise else 1.0)
+    assert policy.unit(memory) == pytest.approx(50.0 if precise else 1.0)
     assert policy.averages(memory) == (None if precise else 0.95)
 
 
@@ -347,7 +362,7 @@ def convolutional() -> nn.Sequential:
 @pytest.mark.parametrize("approximation", [TKFAC, EKFAC, KFAC])
 def test_trace_damping_takes_mean_eigenvalues_of_convolutions_and_their_largest_elsewhere(approximation: Any) -> None:
     model, x = convolutional(), batch(n=30)
-    settings = {"estimator": "exact", "step_size": Constant(), "lr": 1e-12}
+    settings = {"estimator": "exact", "step_size": Constant(), "lr": 1e-12, "overhead": None}
     optimizer = optimizer_of(model, approximation(), damping=TraceDamping(0.3), **settings)
     train(model, optimizer, [x, x])  # eigenvalues are measured after the first refresh, and count at the next
     F = natgrad.fisher(model, approximation(), Categorical(), [x])
