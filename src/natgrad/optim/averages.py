@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +24,29 @@ class Averages:
 
     @classmethod
     def after(
-        cls, M: Mapping[str, Tensor], V: Mapping[str, Tensor], squares: Mapping[str, Tensor | None], beta: float
+        cls, M: Mapping[str, Tensor], V: Mapping[str, Tensor], squares: Mapping[str, Any], beta: float
     ) -> Averages:
         """V <- beta V + (1 - beta) M."""
-        return cls(
-            {name: torch.lerp(M[name], V[name], beta) for name in M},
-            {name: _with(squares.get(name), M[name].square().mean()) for name in M},
-        )
+        blocks = list(M.values())
+        means = mean_squares(M)
+        old = [torch.zeros(2) if squares.get(name) is None else squares[name] for name in M]
+        mean, count = torch.stack([pair.to(means) for pair in old]).unbind(1) if old else (means, means)
+        weight = (count / (count + 1)).clamp(max=LONG)
+        pairs = torch.stack([torch.lerp(means, mean, weight), count + 1], 1)
+        moved = torch._foreach_lerp(blocks, [V[name] for name in M], beta) if blocks else []
+        return cls(dict(zip(M, moved, strict=True)), dict(zip(M, pairs.unbind(), strict=True)))
 
     def ahead(self, M: Mapping[str, Tensor], beta: float) -> dict[str, Tensor]:
         """beta V + (1 - beta) M (Nesterov)."""
-        return {name: torch.lerp(M[name], self.V[name], beta) for name in M}
+        if not M:
+            return {}
+        return dict(zip(M, torch._foreach_lerp(list(M.values()), [self.V[name] for name in M], beta), strict=True))
 
 
-def _with(old: Tensor | None, square: Tensor) -> Tensor:
-    """One more square."""
-    if old is None:
-        return torch.stack([square, torch.ones_like(square)])
-    mean, count = old.to(square).unbind()
-    weight = (count / (count + 1)).clamp(max=LONG)
-    return torch.stack([torch.lerp(square, mean, weight), count + 1])
+def mean_squares(blocks: Mapping[str, Tensor]) -> Tensor:
+    """Of the entries of every block."""
+    if not blocks:
+        return torch.zeros(0)
+    norms = torch._foreach_norm(list(blocks.values()))
+    counts = norms[0].new_tensor([float(X.numel()) for X in blocks.values()])
+    return torch.stack(list(norms)).square() / counts

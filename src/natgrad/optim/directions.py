@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.labels import Labels
 from natgrad.layers import Layer
-from natgrad.optim.averages import Averages
+from natgrad.optim.averages import Averages, mean_squares
 from natgrad.optim.curvature import LayerCurvature
 from natgrad.optim.precision import Precision
 from natgrad.record import Record
@@ -72,9 +72,13 @@ class Directions:
         Near 1 while gradients agree, some (1 - beta)^(1/2) where they are noise, and less where they have become small.
         """
         assert self.averages is not None
-        now = torch.stack([X.square().mean() for X in self.X.values()])
         past = torch.stack([self.averages.squares[name][0] for name in self.X])
-        return (now / torch.where(past > 0, past, 1.0)).sqrt()
+        return (mean_squares(self.X) / torch.where(past > 0, past, 1.0)).sqrt()
+
+    @cached_property
+    def along(self) -> Tensor:
+        """<X, D>, layer by layer, for the D that was first there: finite if all gradients and directions are."""
+        return _inner(self.X, self.D)
 
     def newton(self) -> Tensor:
         """One number a layer: the c of c D at the minimum along D of the model that the layer's own matrix makes.
@@ -82,10 +86,9 @@ class Directions:
         <X, D> / D^T F D, where D^T F D is <X, D> for a natural gradient, and the number of singular values for a polar
         factor.
         """
-        slopes = _inner(self.X, self.D)
         if self.joint or not self.curvature:
-            return torch.ones_like(slopes)
-        pairs = zip(slopes, [self.curvature[name].bend(D) for name, D in self.D.items()], strict=True)
+            return torch.ones_like(self.along)
+        pairs = zip(self.along, [self.curvature[name].bend(D) for name, D in self.D.items()], strict=True)
         return torch.stack([slope / bend if bend else torch.ones_like(slope) for slope, bend in pairs])
 
     def sampled_curvature(self) -> Tensor:
@@ -124,7 +127,9 @@ class Directions:
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
         """The same with the D of every layer multiplied by a factor of its own."""
+        along = {"along": self.along} if "along" in self.__dict__ else {}
         result = replace(self, D={name: D * factor for (name, D), factor in zip(self.D.items(), factors, strict=True)})
+        result.__dict__.update(along)
         if "_responses" in self.__dict__:
             by_name = dict(zip(self.D, factors, strict=True))
             result.__dict__["_responses"] = [

@@ -333,7 +333,10 @@ class NaturalGradient(torch.optim.Optimizer):
         if names and not records and self.step_size.needs_samples(self._clock["memory"]):
             raise no_samples(self.step_size)
         if names:
-            products |= {"slope": directions.slope(), "drift": directions.drift()}
+            if averages is None:
+                products |= {"slope": directions.slope(), "drift": directions.drift()}
+            else:
+                products["along"] = directions.along.sum()
             products |= self.step_size.products(directions, self._damping, self._clock["memory"])
         read = read_once(products)
         if not all(math.isfinite(value) for value in read.values()):

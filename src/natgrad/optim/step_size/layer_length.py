@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from natgrad.optim.averages import mean_squares
 from natgrad.optim.geometry import Geometry, SpectralDescent
 from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 
@@ -64,14 +65,14 @@ class LayerLength(StepSize):
 
     def prepare(self, directions: Directions, damping: float, memory: Memory) -> Directions:
         """Every layer's D at its length; one factor for all where a map joins the layers."""
-        sizes = {name: D.numel() for name, D in directions.D.items()}
-        squares = torch.stack([D.square().sum() for D in directions.D.values()])
-        count = torch.tensor([float(n) for n in sizes.values()], dtype=squares.dtype, device=squares.device)
-        means = squares.sum() / count.sum() if directions.joint else squares / count
-        tiny = torch.finfo(squares.dtype).tiny
+        means = mean_squares(directions.D)
+        if directions.joint:
+            counts = means.new_tensor([float(D.numel()) for D in directions.D.values()])
+            means = (means * counts).sum() / counts.sum()
+        tiny = torch.finfo(means.dtype).tiny
         wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms)
         wanted = wanted.mean() if directions.joint else wanted
-        lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(sizes))
+        lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
             lengths = torch.minimum(lengths, directions.newton().clamp(min=0) / self.lr)
         return directions.scaled(lengths)
