@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad import KFAC
 from natgrad.matrix import Dense, Diagonal, Kronecker, Matrix, OneSided, Rows
-from natgrad.matrix.whitening import dual, polar, turn, turned, whitened
+from natgrad.matrix.whitening import dual, turn, turned, whitened
 from natgrad.optim.geometry import INVERSE, NO_ROOT, ROOT, Frobenius, SpectralDescent, direction
 from oracles import assert_equal
 
@@ -31,6 +31,12 @@ def shifted(X: Tensor) -> Tensor:
 
 def kron(G: Tensor, A: Tensor) -> Tensor:
     return torch.stack([torch.kron(g, a) for g, a in zip(G, A, strict=True)])
+
+
+def polar(M: Tensor, iterations: int | None = 5) -> Tensor:
+    """Spectral descent where F is the identity."""
+    S = Diagonal(torch.ones_like(M))
+    return turned(S, turn(S, M, iterations), M)
 
 
 def cases() -> dict[str, tuple[Matrix, Tensor]]:

@@ -16,7 +16,6 @@ from natgrad.matrix import factor
 from natgrad.matrix.base import LinearMap, Matrix, check_damping
 from natgrad.matrix.diagonal import Diagonal
 from natgrad.matrix.kronecker import Kronecker
-from natgrad.matrix.kronecker_sum import KroneckerSum
 from natgrad.matrix.one_sided import OneSided
 from natgrad.matrix.roots import inverse_roots, root_of_side
 from natgrad.matrix.rows import Rows
@@ -28,25 +27,13 @@ _QUINTIC = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: steep at 0, singula
 
 @dataclass(frozen=True)
 class Means:
-    """``damping`` times the mean eigenvalue of a side is added to that side, in every group."""
+    """What adding ``damping`` times the mean eigenvalue of each side to that side adds to the eigenvalues."""
 
     def shift(self, values: Tensor, damping: float) -> Tensor:
-        """The same cross terms on the product of the row and column means of ``values``."""
+        """By the row and column means of ``values``, which stand for the sides."""
         mean = values.mean((-2, -1), keepdim=True).clamp(min=_FLOOR)
         rows, columns = values.mean(-1, keepdim=True), values.mean(-2, keepdim=True)
         return check_damping(damping) * (rows + columns + damping * mean)
-
-    def invert(self, matrix: Kronecker, damping: float) -> LinearMap:
-        """(G + damping m(G) I)^-1 kron (A + damping m(A) I)^-1."""
-        sides = zip((matrix.left, matrix.right), self.shifts(matrix, damping), strict=True)
-        left, right = (factor.inverse(X, shift) for X, shift in sides)
-        return replace(matrix, left=left, right=right)
-
-    def shifts(self, matrix: Kronecker | KroneckerSum, damping: float) -> tuple[Tensor, Tensor]:
-        """damping m(G) and damping m(A)."""
-        check_damping(damping)
-        left, right = (factor.mean_eigenvalue(X).clamp(min=_FLOOR) * damping for X in (matrix.left, matrix.right))
-        return left, right
 
 
 def whitened(matrix: Matrix, damping: float) -> LinearMap | None:
@@ -60,7 +47,7 @@ def whitened(matrix: Matrix, damping: float) -> LinearMap | None:
     """
     check_damping(damping)
     if isinstance(matrix, Kronecker):
-        left, right = Means().shifts(matrix, damping)
+        left, right = (damping * factor.mean_eigenvalue(X).clamp(min=_FLOOR) for X in (matrix.left, matrix.right))
         if matrix.shape[-2] <= matrix.shape[-1]:
             return replace(matrix, left=root_of_side(matrix.left, left)[1], right=factor.inverse(matrix.right, right))
         return replace(matrix, left=factor.inverse(matrix.left, left), right=root_of_side(matrix.right, right)[1])
@@ -122,17 +109,6 @@ def dual(S: LinearMap, X: Tensor, Y: Tensor) -> Tensor:
     if isinstance(S, (Kronecker, OneSided)):
         return (_halves(S, X)[0] * _halves(S, Y)[1]).sum()
     return ((S @ X) * (S @ Y)).sum()
-
-
-def polar(M: Tensor, iterations: int | None = 5) -> Tensor:
-    """The orthogonal factor U V^T of M = U diag(s) V^T (..., out, in), or nearly: singular values from .7 to 1.2.
-
-    M times an inverse root of its Gram matrix, 4 m^2 n + 34 m^3 flops for sides m <= n; with ``None`` iterations
-    exactly. Singular values below some 1e-3 of the norm stay small. References: Higham, "Functions of Matrices",
-    section 8.3, 2008; coefficients of K. Jordan's Muon, 2024.
-    """
-    wide = M.shape[-2] <= M.shape[-1]
-    return _times(_inverse_root(_gram(M, M, wide), iterations), M, wide)
 
 
 def _halves(S: Kronecker | OneSided, M: Tensor) -> tuple[Tensor, Tensor]:
