@@ -198,6 +198,15 @@ def _shampoo_space(trial: Trial) -> dict[str, Any]:
 
 def _natural_space(trial: Trial) -> dict[str, Any]:
     return {
+        "lr": trial.suggest_float("lr", 2e-3, 2e-1, log=True),
+        "weight_decay": trial.suggest_categorical("weight_decay", DECAYS),
+        "schedule": trial.suggest_categorical("schedule", SCHEDULES),
+    }
+
+
+def _limited_space(trial: Trial) -> dict[str, Any]:
+    """Under a KL limit."""
+    return {
         "lr": trial.suggest_float("lr", 1e-2, 1.0, log=True),
         "damping": trial.suggest_float("damping", 1e-3, 1e2, log=True),
         "schedule": trial.suggest_categorical("schedule", SCHEDULES),
@@ -243,9 +252,9 @@ ENTRIES = {
         Entry("ekfac", natural(lambda: natgrad.EKFAC()), _natural_space, natural=True),
         Entry("tkfac", natural(lambda: natgrad.TKFAC()), _natural_space, natural=True),
         Entry("tekfac", natural(lambda: natgrad.TEKFAC()), _natural_space, natural=True),
-        Entry("woodbury", natural(lambda: natgrad.Woodbury(), step_size="kl"), _natural_space, natural=True),
-        Entry("woodbury-joint", natural(lambda: natgrad.JointWoodbury(), step_size="kl"), _natural_space, natural=True),
-        Entry("tengrad", natural(lambda: natgrad.TENGraD(), step_size="kl"), _natural_space, natural=True),
+        Entry("woodbury", natural(lambda: natgrad.Woodbury(), step_size="kl"), _limited_space, natural=True),
+        Entry("woodbury-joint", natural(lambda: natgrad.JointWoodbury(), step_size="kl"), _limited_space, natural=True),
+        Entry("tengrad", natural(lambda: natgrad.TENGraD(), step_size="kl"), _limited_space, natural=True),
         Entry("sngd", natural(lambda: natgrad.SNGD()), _natural_space, natural=True),
         Entry("foof", natural(lambda: natgrad.FOOF()), _natural_space, natural=True),
         Entry("ngplus", natural(lambda: natgrad.NGPlus()), _natural_space, natural=True),
