@@ -77,7 +77,7 @@ class SpectralDescent(Geometry):
     """
 
     damping: float = 0.1
-    every: int = 5
+    every: int = 10
     iterations: int | None = 5
     sides: Literal["both", "inputs"] = "both"
 
