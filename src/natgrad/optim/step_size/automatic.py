@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _OF_MODEL = ("precise", "trust", "seen", "cap", "reach", "back")
-_NEAR = 0.004  # the root mean square of the first step: that of a noisy one
+_NEAR = 0.001  # the root mean square of the first step: about that of a noisy one
 _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 
 
@@ -29,9 +29,10 @@ class Automatic(StepSize):
 
     *Do they?* The first ``look`` steps are ``noisy`` ones, short and bounded. In the metric of F^-1, where noise is
     largest, the gradient M of each is compared with the average V of those before: their cosine is 1 where every
-    batch has the gradient of the loss, and near 0 where noise outweighs it. Where its mean is above ``agreement``,
-    ``precise`` takes over; else ``noisy`` stays, and nothing more is measured. Without a likelihood ``noisy`` always
-    stays: the empirical Fisher is no curvature of the loss, and a model of it depends on the unit of the loss.
+    batch has the gradient of the loss, and near 0 where noise outweighs it. Where the mean over the later half of them
+    is above ``agreement``, ``precise`` takes over; else ``noisy`` stays, and nothing more is measured. Without a
+    likelihood ``noisy`` always stays: the empirical Fisher is no curvature of the loss, and a model of it depends on
+    the unit of the loss.
 
     *Do they still?* The slope that the next batch finds along the step just taken tells. Trust is that slope along D at
     the old point (<P, M> plus the curvature term of the step, less what the old direction contributed), over the slope
@@ -132,7 +133,8 @@ class Automatic(StepSize):
         if not self._looks(now.memory) or not now.read.get("VV", 0.0) > 0:
             return known
         cosine = now.read["MV"] / max(now.read["MM"] * now.read["VV"], 1e-300) ** 0.5
-        looked, mean = looked + 1, mean + (cosine - mean) / (looked + 1)
+        looked, count = looked + 1, looked + 1 - self.look // 2  # at first curvature is young, and steps are large
+        mean = mean + (cosine - mean) / count if count > 0 else mean
         trusted = looked >= self.look and mean > self.agreement
         return {"looked": looked, "agreement": mean} | ({"precise": 1.0} if trusted else {})
 

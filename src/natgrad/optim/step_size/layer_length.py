@@ -17,6 +17,7 @@ from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
+_NARROW = 64  # inputs, up to which a step has the full length
 _STEADY = 3.0  # times the root mean square of X is as long as the step where X is noise
 
 
@@ -70,7 +71,8 @@ class LayerLength(StepSize):
             counts = means.new_tensor([float(D.numel()) for D in directions.D.values()])
             means = (means * counts).sum() / counts.sum()
         tiny = torch.finfo(means.dtype).tiny
-        wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms)
+        narrow = means.new_tensor([min(1.0, (_NARROW / layer.fan_in) ** 0.5) for layer in directions.layers.values()])
+        wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms) * narrow
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
