@@ -67,10 +67,14 @@ def softmax_form(z: Tensor, g: Tensor, smoothing: float = 0.0) -> Form:
     """p = softmax(z), y the class of the most negative g, smoothed. z, g (N, C).
 
     Where labels are others (mixed, or of a teacher), the positive entries g = c (p - y) still give a c each: y is 0 or
-    small there. Of many rows every k-th is looked at, and counts k times.
+    small there. Of many rows every k-th is looked at, and counts for those between.
     """
-    every = -(-z.numel() // _MANY) if z.numel() > _MANY else 1
-    z, g = z[::every], g[::every]
+    rows, every = len(z), -(-z.numel() // _MANY)
+    z, g = (z[::every], g[::every]) if every > 1 else (z, g)
+    times = rows / max(1, len(z))
+
+    if not len(z):
+        return _NONE
 
     def sums(z: Tensor, g: Tensor) -> list[Tensor]:
         p = z.softmax(-1)
@@ -98,12 +102,15 @@ def softmax_form(z: Tensor, g: Tensor, smoothing: float = 0.0) -> Form:
     if beside > 1e-2 * whole:
         apart = together = 1.0
     total = own if apart <= MISFIT and z.shape[-1] > 2 else soft
-    total, dense = every * total, away <= 0.5 * up and beside <= 0.25 * whole
-    return Form(every * count, gr / rr, together, apart, total, total, dense, spread > 1e-3 * rr)
+    total, dense = times * total, away <= 0.5 * up and beside <= 0.25 * whole
+    return Form(times * count, gr / rr, together, apart, total, total, dense, spread > 1e-3 * rr)
 
 
 def sigmoid_form(z: Tensor, g: Tensor) -> Form:
     """p = sigmoid(z), y = 1 where g < 0, for every entry by itself. z, g (N, d); sums and counts are over d times N."""
+
+    if not len(z):
+        return _NONE
 
     def sums(z: Tensor, g: Tensor) -> list[Tensor]:
         p = z.sigmoid()
@@ -148,6 +155,9 @@ def zero_target_form(z: Tensor, g: Tensor) -> Form:
 def along(g: Tensor, r: Tensor) -> Form:
     """g = c r for a given r."""
 
+    if not len(g):
+        return _NONE
+
     def sums(g: Tensor, r: Tensor) -> list[Tensor]:
         return [g.square().sum(), (g * r).sum(), r.square().sum()]
 
@@ -166,7 +176,7 @@ _NONE = Form(0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
 
 def _added(sums: Callable[[Tensor, Tensor], list[Tensor]], x: Tensor, y: Tensor) -> list[float]:
     parts = [torch.stack([s.to(a.dtype) for s in sums(a, b)]) for a, b in _chunks(x, y)]
-    return torch.stack(parts).sum(0).tolist() if parts else [0.0] * 12
+    return torch.stack(parts).sum(0).tolist()
 
 
 def _chunks(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:

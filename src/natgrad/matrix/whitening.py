@@ -73,13 +73,14 @@ def turn(S: LinearMap, M: Tensor, iterations: int | None = 5) -> Tensor:
     2 m n^2 + 4 m^2 n + 38 m^3 flops for sides m <= n of a Kronecker product. The map holds for gradients near M as
     well: it is a preconditioner by the second moment of M itself, in the coordinates of F.
     """
+    M = M.to(next(iter(S.tensors().values())).dtype)
     if isinstance(S, (Kronecker, OneSided)):
         wide = M.shape[-2] <= M.shape[-1]
         Q = _inverse_root(_gram(*_halves(S, M), wide), iterations)
         R = _sides(S)[0 if wide else 1]
         return Q if R is None else factor.times_right(factor.left_times(R, Q), R)
     if isinstance(S, Spectral):
-        X = factor.times_right(factor.left_times(factor.transposed(S.left), M.to(S.left.dtype)), S.right) * S.values
+        X = factor.times_right(factor.left_times(factor.transposed(S.left), M), S.right) * S.values
     else:
         X = S @ M
     wide = X.shape[-2] <= X.shape[-1]
@@ -155,7 +156,7 @@ def _inverse_root(X: Tensor, iterations: int | None) -> Tensor:
     X = X / scale
     total: Tensor | None = None
     for left in reversed(range(iterations)):
-        P = torch.baddbmm(b * X, X, X, alpha=c) if X.ndim == 3 else torch.addmm(b * X, X, X, alpha=c)
+        P = b * X + c * (X @ X)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         total = P if total is None else P @ total
         X = P @ (P @ X) if left else X

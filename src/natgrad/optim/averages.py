@@ -47,6 +47,6 @@ def mean_squares(blocks: Mapping[str, Tensor]) -> Tensor:
     """Of the entries of every block."""
     if not blocks:
         return torch.zeros(0)
-    norms = torch._foreach_norm(list(blocks.values()))
-    counts = norms[0].new_tensor([float(X.numel()) for X in blocks.values()])
-    return torch.stack(list(norms)).square() / counts
+    tensors = list(blocks.values())
+    norms = torch._foreach_norm(tensors, 2, torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.stack(torch._foreach_div(norms, [X.numel() ** 0.5 for X in tensors])).square()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from natgrad.fishers import Approximation
 from natgrad.matrix import Kronecker, LinearMap, Matrix, OneSided
+from natgrad.matrix.factor import is_column
 from natgrad.matrix.whitening import dual, turn, turned, whitened
 
 INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
@@ -96,7 +97,7 @@ class SpectralDescent(Geometry):
         """S, or where it has none the damped inverse."""
         if self.sides == "inputs" and isinstance(matrix, Kronecker):
             matrix = OneSided(matrix.right, (matrix.shape[-2], matrix.shape[-1]))
-        root = whitened(matrix, self.damping)
+        root = None if _wide(matrix) else whitened(matrix, self.damping)
         return (approximation.invert(matrix, damping), NO_ROOT) if root is None else (root, ROOT)
 
     def empirical(self) -> SpectralDescent:
@@ -124,3 +125,10 @@ def direction(preconditioner: LinearMap, T: Tensor | None, M: Tensor) -> Tensor:
 def metric(preconditioner: LinearMap, kind: int, X: Tensor, Y: Tensor) -> Tensor:
     """<X, F^-1 Y>."""
     return dual(preconditioner, X, Y) if kind == ROOT else (X * (preconditioner @ Y)).sum()
+
+
+def _wide(matrix: Matrix) -> bool:
+    """Whether both sides are diagonal, being too wide for a matrix."""
+    if not isinstance(matrix, Kronecker) or min(matrix.shape[-2:]) == 1:
+        return False
+    return is_column(matrix.left) and is_column(matrix.right)

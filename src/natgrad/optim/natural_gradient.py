@@ -65,7 +65,7 @@ class NaturalGradient(torch.optim.Optimizer):
         likelihood: what the outputs mean; with it F is the true Fisher, without it the empirical one.
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
-        lr: learning rate; default as the policy has it (.01 for ``Automatic``: the length of a step, as for AdamW).
+        lr: learning rate; default as the policy has it (.02 for ``Automatic``: the length of a step, as for AdamW).
         step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
@@ -418,6 +418,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
         self._clock["averaged"] = int(proposal.averages is not None)
+        if proposal.averages is not None:
+            self._clock["predicted"] = 0.0  # there is no slope to compare it with
         self._clock.update(self._gauge.numbers())
         self._report |= remember(self._clock, self.damping, proposal.decision, proposal.drift, proposal.lr)
         if proposal.account is not None and proposal.account is not self._account:
@@ -557,10 +559,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
-        geometry = self.step_size.geometry(self._clock["memory"])
-        geometry = geometry.empirical() if self._engine.labels is None else geometry
-        if geometry != self._curvature.geometry and not self._curvature.approximation.together:
-            self._curvature, self._schedule.geometry = replace(self._curvature, geometry=geometry), geometry
+        self._choose_geometry()
         self._engine.armed = self._free or self._watches(self._account)
         self._engine.compares = Gauge.of(self._clock).open
         self._engine.probes = self._engine.compares or self._engine.labels is None
@@ -568,6 +567,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self._engine.begin()
         if self._engine.labels is not None:
             self._engine.labels.reseed((self._seed * 1_000_003 + self.steps) % 2**63)
+
+    def _choose_geometry(self) -> None:
+        """That of the policy as it is now."""
+        geometry = self.step_size.geometry(self._clock["memory"])
+        geometry = geometry.empirical() if self._engine.labels is None else geometry
+        if geometry != self._curvature.geometry and not self._curvature.approximation.together:
+            self._curvature, self._schedule.geometry = replace(self._curvature, geometry=geometry), geometry
 
     # Checkpoints.
 

@@ -54,8 +54,12 @@ class Schedule:
         return account.counted({name: sizes for name, sizes in new.items() if sizes[0]})
 
     def plan(self, account: Account, layers: Mapping[str, Layer], free: bool) -> Plan | None:
-        """The plan for layers whose sizes are known; ``free``: backward passes for samples are made anyway."""
-        if self.budget is None:
+        """The plan for layers whose sizes are known.
+
+        ``None`` where passes are observed anyway (``free``): a model that samples every step needs young curvature, and
+        its own price is many times that of the cadence.
+        """
+        if self.budget is None or free:
             return None
         key = (account.seen, layers, free, self.geometry)
         if self._plan[1] is None or any(old is not new for old, new in zip(self._plan[0], key, strict=True)):

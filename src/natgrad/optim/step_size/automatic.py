@@ -50,7 +50,7 @@ class Automatic(StepSize):
 
     precise: QuadraticModel = QuadraticModel()
     noisy: StepSize = LayerLength()
-    agreement: float = 0.8
+    agreement: float = 0.75
     look: int = 10
     threshold: float = 0.7
     patience: int = 10

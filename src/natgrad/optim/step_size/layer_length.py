@@ -30,6 +30,8 @@ class LayerLength(StepSize):
     loss, and lr, schedules, warm-up and weight decay mean what they do for AdamW and Muon (``rms`` is that of a step
     of AdamW on noisy gradients; Liu et al., arXiv 2502.16982).
 
+    Layers of more than 64 inputs take the root of 64 / inputs of that, so that outputs change as much in all.
+
     A step is shorter where gradients have become small, as AdamW's is: where 3 |X| < rms |M|, X the average that D
     comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 3 |X| / |M|. Else a
     network that has learnt all labels by heart would walk about at random.
@@ -38,14 +40,16 @@ class LayerLength(StepSize):
     is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the
     bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
 
-    Without a schedule alpha = (1 + steps / settle)^(-1/2), which lets noise die out and never ends the training;
-    ``settle=None`` for alpha = 1. Steps count here while the learning rate is what it was at first and no torch
-    schedule holds it. Memory: one block a layer. Cost: that of ``norm``, nothing is read.
+    alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
+    as (1 + steps / settle)^(-1/2), which lets noise die out and never ends the training; ``settle=None`` for none of
+    that. Steps count here while the learning rate is what it was at first and no torch schedule holds it. Memory: one
+    block a layer. Cost: that of ``norm``; nothing more is read.
     """
 
     rms: float = 0.2
     momentum: float = 0.95
     norm: Geometry = SpectralDescent()
+    warm_up: int = 20
     settle: float | None = 200.0
 
     chooses_momentum = True
@@ -53,8 +57,10 @@ class LayerLength(StepSize):
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
-        if not (0 < self.rms < math.inf and 0 <= self.momentum < 1 and (self.settle is None or self.settle > 0)):
-            raise ValueError(f"need rms > 0, 0 <= momentum < 1 and settle > 0 or None, got {self}")
+        settles = self.settle is None or self.settle > 0
+        if not (0 < self.rms < math.inf and 0 <= self.momentum < 1 and self.warm_up >= 1 and settles):
+            need = "rms > 0, 0 <= momentum < 1, warm_up >= 1 and settle > 0 or None"
+            raise ValueError(f"need {need}, got {self}")
 
     def geometry(self, memory: Memory) -> Geometry:
         """That of the settings."""
@@ -68,11 +74,12 @@ class LayerLength(StepSize):
         """Every layer's D at its length; one factor for all where a map joins the layers."""
         means = mean_squares(directions.D)
         if directions.joint:
-            counts = means.new_tensor([float(D.numel()) for D in directions.D.values()])
-            means = (means * counts).sum() / counts.sum()
+            counts = [float(D.numel()) for D in directions.D.values()]
+            means = sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
         tiny = torch.finfo(means.dtype).tiny
-        narrow = means.new_tensor([min(1.0, (_NARROW / layer.fan_in) ** 0.5) for layer in directions.layers.values()])
-        wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms) * narrow
+        narrow = [min(1.0, (_NARROW / layer.fan_in) ** 0.5) for layer in directions.layers.values()]
+        steady = (_STEADY * directions.steadiness()).clamp(max=self.rms)
+        wanted = torch.stack(torch._foreach_mul(list(steady.unbind()), narrow))
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
@@ -86,5 +93,7 @@ class LayerLength(StepSize):
     def decide(self, now: Situation) -> Decision:
         """alpha = 1, or what is left of it without a schedule."""
         settled = now.memory.get("settled", 0.0)
+        warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         alpha = 1.0 if self.settle is None else (1 + settled / self.settle) ** -0.5
-        return Decision(alpha, 0.0, memory={"settled": settled + (not now.scheduled)})
+        memory = {"warmed": warmed, "settled": settled + (not now.scheduled)}
+        return Decision(alpha * warmed / self.warm_up, 0.0, memory=memory)
