@@ -221,5 +221,6 @@ def _at_outputs(record: Record) -> list[Tensor]:
 
 
 def _double(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    then, now = (x if x.device.type == "mps" else x.double() for x in pair)
+    reals = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in pair)
+    then, now = (x if x.device.type == "mps" else x.double() for x in reals)
     return then, now

@@ -240,7 +240,7 @@ def test_targets_of_scale_a_hundred_train() -> None:
     x, _ = table()
     y = 100 * torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin() + x[:, 3], x[:, 4]], 1)
     model, reference = relu(), relu()
-    optimizer = NaturalGradient(model, KFAC(), likelihood=Gaussian(), step_size=QuadraticModel())
+    optimizer = NaturalGradient(model, KFAC(), likelihood=Gaussian(), step_size=QuadraticModel(), overhead=None)
     found = losses(model, optimizer, x, y, half_square, 200)
     adamw = losses(reference, torch.optim.AdamW(reference.parameters()), x, y, half_square, 200)
     assert sum(found[-4:]) < 0.5 * sum(adamw[-4:])  # a seventh where it was written

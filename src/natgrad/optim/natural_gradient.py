@@ -608,6 +608,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = replace(
             self._curvature, precision=replace(self._curvature.precision, chosen=self.param_groups[0]["bfloat16"])
         )
+        self._choose_geometry()
         self._learn_layers()
         states = {name: self._kept(layer) for name, layer in self._curvature.layers.items()}
         known = {name for name, state in states.items() if "observations" in state}
