@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import itertools
 import math
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +56,7 @@ class Run:
     cosine: bool
     losses: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -66,7 +67,7 @@ class Run:
 
     def train(self, x: Tensor, y: Tensor, first: int, last: int) -> None:
         """The steps ``first`` to ``last``."""
-        before = self.parameters()
+        before, started = self.parameters(), time.process_time()
         for inputs, labels in batches(x, y, first, last):
             self.optimizer.zero_grad()
             loss = F.cross_entropy(self.model(inputs), labels)
@@ -78,23 +79,24 @@ class Run:
             self.losses.append(loss.item())
             self.lengths.append((after - before).norm().item())
             before = after
+        self.seconds += time.process_time() - started
 
     def parameters(self) -> Tensor:
         """All of them, end to end."""
         return nn.utils.parameters_to_vector(self.model.parameters()).detach()
 
-    def saved(self) -> bytes:
-        """A checkpoint, as ``torch.save`` writes it."""
-        file = io.BytesIO()
+    def save(self, path: Path) -> None:
+        """A checkpoint, and what was seen until then."""
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(parts | ({"schedule": self.schedule.state_dict()} if self.schedule is not None else {}), file)
-        return file.getvalue()
+        parts |= {"losses": self.losses, "lengths": self.lengths, "seconds": self.seconds}
+        torch.save(parts | ({"schedule": self.schedule.state_dict()} if self.schedule is not None else {}), path)
 
-    def load(self, checkpoint: bytes) -> None:
+    def load(self, path: Path) -> None:
         """Go on from there."""
-        parts: dict[str, Any] = torch.load(io.BytesIO(checkpoint), weights_only=True)
+        parts: dict[str, Any] = torch.load(path, weights_only=True)
         self.model.load_state_dict(parts["model"])
         self.optimizer.load_state_dict(parts["optimizer"])
+        self.losses, self.lengths, self.seconds = parts["losses"], parts["lengths"], parts["seconds"]
         if self.schedule is not None:
             self.schedule.load_state_dict(parts["schedule"])
 
@@ -103,20 +105,32 @@ class Run:
         return 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine else 1.0
 
 
-def watched(steps: int, cosine: bool, cut: int, meet: int) -> tuple[Run, bool, float]:
-    """A run, whether one that was broken at ``cut`` has its parameters at ``meet``, and CPU seconds."""
+def watched(steps: int, cosine: bool, cut: int, meet: int, folder: Path) -> tuple[Run, bool]:
+    """A run, and whether one that was broken at ``cut`` has its parameters at ``meet``."""
     x, y = data()
-    run, resumed = Run(steps, cosine), Run(steps, cosine)
-    started = time.process_time()
-    run.train(x, y, 0, cut)
-    checkpoint = run.saved()
-    run.train(x, y, cut, meet)
-    there = run.parameters()
-    run.train(x, y, meet, steps)
-    seconds = time.process_time() - started
-    resumed.load(checkpoint)
+    run, start = Run(steps, cosine), 0
+    paths = {stop: folder / f"{'cosine' if cosine else 'plain'}-{steps}-{stop}.pt" for stop in stops(steps, cut, meet)}
+    for stop, path in paths.items():
+        if path.exists():
+            run.load(path)
+        else:
+            run.train(x, y, start, stop)
+            run.save(path)
+            print(
+                f"{path.stem}: length {mean(run.lengths[-EVERY:]):.4f}, loss {mean(run.losses[-WINDOW:]):.4f}",
+                flush=True,
+            )
+        start = stop
+    whole, resumed = Run(steps, cosine), Run(steps, cosine)
+    whole.load(paths[meet])
+    resumed.load(paths[cut])
     resumed.train(x, y, cut, meet)
-    return run, torch.equal(resumed.parameters(), there), seconds
+    return run, torch.equal(resumed.parameters(), whole.parameters())
+
+
+def stops(steps: int, cut: int, meet: int) -> list[int]:
+    """When a run is saved."""
+    return sorted({*range(WINDOW, steps, WINDOW), cut, meet, steps})
 
 
 def mean(values: list[float]) -> float:
@@ -181,17 +195,20 @@ def main() -> None:
     """Run both, print the report, and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--keep", type=Path, help="a folder of checkpoints; goes on with what is there")
+    parser.add_argument("--only", choices=["no schedule", "cosine"])
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     steps = chosen.steps
     cut, meet = steps // 2 + 3, steps * 3 // 5
     runs, told, spent = {}, [], []
-    for name, cosine in (("no schedule", False), ("cosine", True)):
-        run, equal, seconds = watched(steps, cosine, cut, meet)
-        runs[name] = run
-        told += verdicts(name, run, equal, cut, meet)
-        spent.append(f"{name} {seconds:.0f} s")
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in [chosen.only] if chosen.only else ["no schedule", "cosine"]:
+            run, equal = watched(steps, name == "cosine", cut, meet, chosen.keep or Path(temporary))
+            runs[name] = run
+            told += verdicts(name, run, equal, cut, meet)
+            spent.append(f"{name} {run.seconds:.0f} s")
     lines = [
         "# A long run on noisy labels",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def flat(model: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(model[i].weight for i in (0, 3)).detach()  # type: ignore[index]
 
 
+@cache
 def run(scheduled: bool, cut: int | None = None) -> tuple[Tensor, list[float], list[float]]:
     """The weights at the end; the lengths of the steps and the losses."""
     model = network()
@@ -61,29 +63,15 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-@pytest.fixture(scope="module")
-def plain() -> tuple[Tensor, list[float], list[float]]:
-    return run(scheduled=False)
-
-
-@pytest.fixture(scope="module")
-def annealed() -> tuple[Tensor, list[float], list[float]]:
-    return run(scheduled=True)
-
-
-def test_without_a_schedule_steps_shorten_no_faster_than_1_over_t(
-    plain: tuple[Tensor, list[float], list[float]],
-) -> None:
-    _, lengths, _ = plain
+def test_without_a_schedule_steps_shorten_no_faster_than_1_over_t() -> None:
+    _, lengths, _ = run(scheduled=False)
     means = {t: mean(lengths[t - 50 : t]) for t in (75, 150, 300, 600)}
     powers = [math.log2(means[2 * t] / means[t]) for t in (75, 150, 300)]
     assert all(-1 < power < 0 for power in powers), powers
 
 
-def test_under_a_cosine_steps_shorten_with_it_and_the_loss_falls(
-    annealed: tuple[Tensor, list[float], list[float]],
-) -> None:
-    _, lengths, losses = annealed
+def test_under_a_cosine_steps_shorten_with_it_and_the_loss_falls() -> None:
+    _, lengths, losses = run(scheduled=True)
     means = [mean(lengths[t - 50 : t]) for t in (150, 300, 450, 600)]
     assert means == sorted(means, reverse=True)
     falling = [mean(losses[t - 150 : t]) for t in (150, 300, 450, 600)]
@@ -91,6 +79,5 @@ def test_under_a_cosine_steps_shorten_with_it_and_the_loss_falls(
 
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["no schedule", "cosine"])
-def test_a_long_run_resumes_bit_for_bit(scheduled: bool, request: pytest.FixtureRequest) -> None:
-    whole = request.getfixturevalue("annealed" if scheduled else "plain")
-    assert torch.equal(run(scheduled, CUT)[0], whole[0])
+def test_a_long_run_resumes_bit_for_bit(scheduled: bool) -> None:
+    assert torch.equal(run(scheduled=scheduled, cut=CUT)[0], run(scheduled=scheduled)[0])
