@@ -28,7 +28,8 @@ def schedule_of(optimizer: NaturalGradient) -> CosineAnnealingLR:
 
 
 def flat(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model[i].weight for i in (0, 3)).detach()  # type: ignore[index]
+    covered = [p for name, p in model.named_parameters() if not name.startswith("2.")]
+    return nn.utils.parameters_to_vector(covered).detach()
 
 
 @cache
