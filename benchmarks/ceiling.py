@@ -231,7 +231,7 @@ def compared(task: Task, found: dict[str, Any]) -> list[str]:
 
 
 def shares(counts: dict[str, dict[int, dict[str, int | None]]], wanted: tuple[str, ...]) -> list[str]:
-    """The second table: which part of each ceiling's gain is kept, the mean over seeds."""
+    """The second table: which part of each ceiling's gain is kept, the mean over the seeds that have both."""
     chosen = [name for name in wanted if name in counts]
     heads = [f"{ceiling}, {steps} steps" for ceiling in chosen for steps in BUDGETS]
     lines = [f"| kept of the gain of | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
@@ -239,8 +239,9 @@ def shares(counts: dict[str, dict[int, dict[str, int | None]]], wanted: tuple[st
         cells = []
         for ceiling in chosen:
             for steps in BUDGETS:
-                parts = [share(n, counts[ceiling][steps].get(k), steps) for k, n in own[steps].items()]
-                cells.append("-" if any(map(math.isnan, parts)) else f"{sum(parts) / len(parts):.2f}")
+                least = counts[ceiling][steps]
+                parts = [share(n, least[k], steps) for k, n in own[steps].items() if k in least]
+                cells.append("-" if not parts or any(map(math.isnan, parts)) else f"{sum(parts) / len(parts):.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
