@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -44,9 +45,10 @@ class Averages:
 
 
 def mean_squares(blocks: Mapping[str, Tensor]) -> Tensor:
-    """Of the entries of every block."""
+    """Of the entries of every block, in float32 or wider: squares of float16 vanish."""
     if not blocks:
         return torch.zeros(0)
     tensors = list(blocks.values())
-    norms = torch._foreach_norm(tensors, 2, torch.promote_types(tensors[0].dtype, torch.float32))
+    wide = reduce(torch.promote_types, {X.dtype for X in tensors}, torch.float32)
+    norms = torch._foreach_norm(tensors, 2, wide)
     return torch.stack(torch._foreach_div(norms, [X.numel() ** 0.5 for X in tensors])).square()

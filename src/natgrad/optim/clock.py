@@ -14,7 +14,7 @@ Clock = dict[str, Any]
 def new_clock(damping: float) -> Clock:
     """Before the first step."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
-    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "memory": {}, "account": {}}
+    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "news": 0, "memory": {}, "account": {}}
     return {**start, **dict.fromkeys(names, 0.0), **Gauge().numbers()}
 
 

@@ -268,6 +268,8 @@ class NaturalGradient(torch.optim.Optimizer):
         ):
             super().add_param_group(group)
         self._expected = expected(self.model, self._engine.inventory.exclude, self._wide)
+        self._clock["news"] = 1
+        self._arm()
 
     # One step.
 
@@ -417,6 +419,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for name, curvature in proposal.curvature.items():
                 remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
+        self._clock["news"] = 0
         self._clock["averaged"] = int(proposal.averages is not None)
         if proposal.averages is not None:
             self._clock["predicted"] = 0.0  # there is no slope to compare it with
@@ -560,7 +563,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
         self._choose_geometry()
-        self._engine.armed = self._free or self._watches(self._account)
+        self._engine.armed = self._free or bool(self._clock["news"]) or self._watches(self._account)
         self._engine.compares = Gauge.of(self._clock).open
         self._engine.probes = self._engine.compares or self._engine.labels is None
         self._engine.attach()
