@@ -50,11 +50,6 @@ class Layer:
         return "wide" if any(self.diagonal) else "plain"
 
     @property
-    def fan_in(self) -> int:
-        """How many inputs add up to an output: 1 where tokens choose among them."""
-        return 1 if self.form.tokens else self.shape[-1]
-
-    @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the block, the weight first."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]

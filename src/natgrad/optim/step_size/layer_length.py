@@ -17,7 +17,6 @@ from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
-_NARROW = 64  # inputs, up to which a step has the full length
 _STEADY = 3.0  # times the root mean square of X is as long as the step where X is noise
 
 
@@ -29,8 +28,6 @@ class LayerLength(StepSize):
     lr alpha rms D / |D|, |D| the root mean square of the entries of D in the layer. Nothing depends on the unit of the
     loss, and lr, schedules, warm-up and weight decay mean what they do for AdamW and Muon (``rms`` is that of a step
     of AdamW on noisy gradients; Liu et al., arXiv 2502.16982).
-
-    Layers of more than 64 inputs take the root of 64 / inputs of that, so that outputs change as much in all.
 
     A step is shorter where gradients have become small, as AdamW's is: where 3 |X| < rms |M|, X the average that D
     comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 3 |X| / |M|. Else a
@@ -77,9 +74,7 @@ class LayerLength(StepSize):
             counts = [float(D.numel()) for D in directions.D.values()]
             means = sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
         tiny = torch.finfo(means.dtype).tiny
-        narrow = [min(1.0, (_NARROW / layer.fan_in) ** 0.5) for layer in directions.layers.values()]
-        steady = (_STEADY * directions.steadiness()).clamp(max=self.rms)
-        wanted = torch.stack(torch._foreach_mul(list(steady.unbind()), narrow))
+        wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms)
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
