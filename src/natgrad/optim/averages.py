@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,10 @@ class Averages:
 
 
 def mean_squares(blocks: Mapping[str, Tensor]) -> Tensor:
-    """Of the entries of every block."""
+    """Of the entries of every block, in float32 or wider: squares of float16 vanish."""
     if not blocks:
         return torch.zeros(0)
-    norms = torch._foreach_norm(list(blocks.values()))
+    wide = functools.reduce(torch.promote_types, {X.dtype for X in blocks.values()}, torch.float32)
+    norms = torch._foreach_norm(list(blocks.values()), dtype=wide)
     counts = norms[0].new_tensor([float(X.numel()) for X in blocks.values()])
     return torch.stack(list(norms)).square() / counts
