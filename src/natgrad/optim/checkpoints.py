@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}  # torch's, not ours
+
 
 def check_checkpoint(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ``ValueError`` unless a ``state_dict`` is one of an optimizer with such groups, all of it finite."""
@@ -18,7 +20,7 @@ def check_checkpoint(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any
     if sizes != mine:
         raise ValueError(f"the checkpoint is of another model: groups of {sizes} parameters, and here of {mine}")
     for theirs, own in zip(found, groups, strict=True):
-        lacking = sorted(own.keys() - theirs.keys())
+        lacking = sorted(own.keys() - theirs.keys() - _OF_SCHEDULES)
         if lacking:
             raise ValueError(f"the checkpoint is of another optimizer or version; it lacks {', '.join(lacking)}")
     clock = found[0]["clock"]

@@ -124,7 +124,8 @@ class Automatic(StepSize):
         if memory["trust"] < self.threshold and memory["seen"] >= self.patience:
             kept = {name: value for name, value in self.idle(memory).items() if name not in _OF_MODEL}
             return replace(decided, memory=kept, restart=True)
-        return replace(decided, memory=memory | self._promised(now, decided, memory))
+        last = self._promised(now, decided) if now.lr else {}  # a step of length 0 shows nothing
+        return replace(decided, memory={**self.idle(memory), **last})
 
     def _looked(self, now: Situation) -> dict[str, float]:
         """What is known of the batches after one more comparison."""
@@ -169,7 +170,7 @@ class Automatic(StepSize):
             memory["reach"] = max(change * memory["reach"], 1e-3 * _NEAR)
         return memory
 
-    def _promised(self, now: Situation, decided: Decision, memory: Memory) -> dict[str, float]:
+    def _promised(self, now: Situation, decided: Decision) -> dict[str, float]:
         kl = decided.predicted - decided.slope
         return {
             "moved": now.lr,
