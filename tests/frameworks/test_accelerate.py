@@ -69,10 +69,10 @@ def plainly(epochs: int = 2, size: int = 64, autocast: bool = False) -> nn.Modul
 
 def test_training_is_a_plain_loop_and_learns() -> None:
     model = classifier()
-    losses = trained(model, 6)
+    losses = trained(model, 14)
     assert losses[0] > 1.0
     assert losses[-1] < 0.1
-    assert same(model, plainly(6))
+    assert same(model, plainly(14))
 
 
 def test_four_micro_batches_equal_the_one_batch() -> None:
@@ -95,11 +95,11 @@ def test_an_incomplete_accumulation_at_the_end_steps_too() -> None:
 def test_bfloat16_is_a_plain_loop_under_autocast() -> None:
     torch.set_default_dtype(torch.float32)
     model = classifier()
-    losses = trained(model, 6, mixed_precision="bf16")
+    losses = trained(model, 14, mixed_precision="bf16")
     assert losses[-1] < 0.1
-    assert same(model, plainly(6, autocast=True))
+    assert same(model, plainly(14, autocast=True))
     single = classifier()
-    trained(single, 6)
+    trained(single, 14)
     assert not same(model, single)  # it was in bfloat16
 
 

@@ -70,7 +70,12 @@ def test_kfac_pytorch_with_eigenvalues(kl_clip: float) -> None:
     M = [g_.T @ a_.detach() for g_, a_ in zip(g, a, strict=True)]
     D = [eigen(moment(a_), moment(g_), M_) for a_, g_, M_ in zip(a, g, M, strict=True)]
     model = classifier()
-    settings = {"damping": DAMPING * N**2, "lr": LR * N**2, "step_size": KLLimit(limit=kl_clip * N**2)}
+    settings = {
+        "overhead": None,
+        "damping": DAMPING * N**2,
+        "lr": LR * N**2,
+        "step_size": KLLimit(limit=kl_clip * N**2),
+    }
     optimizer = NaturalGradient(model, KFAC(rule=Tikhonov()), **settings)  # type: ignore[arg-type]
     for found, expected in zip(our_step(optimizer, model), clipped(kl_clip, D, M), strict=True):
         assert_equal(found, expected, 1e-8)
@@ -89,7 +94,7 @@ def test_kfac_jax_with_the_exact_fisher(norm_constraint: float) -> None:
     D = [factored(moment(a_), G_, M_) for a_, G_, M_ in zip(a, G, M, strict=True)]
     model = classifier()
     likelihood = {"likelihood": Categorical(), "estimator": "exact"}
-    settings = {"damping": DAMPING, "lr": LR, "step_size": KLLimit(limit=norm_constraint)}
+    settings = {"overhead": None, "damping": DAMPING, "lr": LR, "step_size": KLLimit(limit=norm_constraint)}
     optimizer = NaturalGradient(model, KFAC(), **likelihood, **settings)  # type: ignore[arg-type]
     for found, expected in zip(our_step(optimizer, model), clipped(norm_constraint, D, M), strict=True):
         assert_equal(found, expected, 1e-8)

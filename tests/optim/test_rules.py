@@ -307,7 +307,7 @@ def test_a_module_that_is_called_twice_trains(make: Any) -> None:
 
     torch.manual_seed(0)
     model = Twice()
-    losses = train(model, optimizer_of(model, make()), [batch(0, 32)] * 15)
+    losses = train(model, optimizer_of(model, make()), [batch(0, 32)] * 60)
     assert losses[-1] < 0.8 * losses[0]
 
 

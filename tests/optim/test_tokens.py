@@ -74,7 +74,9 @@ def made(approximation: Any = None, **settings: Any) -> tuple[Language, NaturalG
 def test_a_language_model_trains_with_the_default_policy(approximation: natgrad.Approximation, tied: bool) -> None:
     model, optimizer = made(approximation, tied=tied)
     losses = train(model, optimizer, batches(60))
-    assert losses[-1] < 0.2 * losses[0]
+    torch.manual_seed(0)
+    plain = Language(tied=tied)
+    assert losses[-1] < train(plain, torch.optim.AdamW(plain.parameters()), batches(60))[-1]
     assert "100.0 % of" in str(optimizer)
     assert ("embed = head" in str(optimizer)) == tied
 
@@ -155,7 +157,7 @@ def test_sparse_gradients_give_the_same_run() -> None:
 def test_positions_that_all_examples_share() -> None:
     """An embedding called without a batch: with drawn labels the sum over examples has the curvature of the sum."""
     model, optimizer = made(positions=T)
-    losses = train(model, optimizer, batches(60))
+    losses = train(model, optimizer, batches(500))
     assert losses[-1] < 0.2 * losses[0]
     inverse = optimizer._now["positions"].inverse
     assert isinstance(inverse, Kronecker) and inverse.shape == (D, T)
@@ -193,7 +195,7 @@ def test_other_policies_see_both_uses_and_the_shared_positions(step_size: natgra
 def test_the_empirical_fisher_of_a_tied_model_trains() -> None:
     torch.manual_seed(0)
     model = Language()
-    losses = train(model, NaturalGradient(model, EKFAC(), step_size=QuadraticModel()), batches(60))
+    losses = train(model, NaturalGradient(model, EKFAC(), step_size=QuadraticModel()), batches(200))
     assert losses[-1] < 0.2 * losses[0]
 
 

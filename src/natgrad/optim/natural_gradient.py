@@ -370,7 +370,7 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> tuple[Directions, Averages | None, State, float]:
         """The directions of the step, the averages that they come from, the curvature as it is turned to them, and the
         learning rate that all layers share."""
-        M, memory = blocks(layers, 1.0 if self._engine.labels is not None else self._gauge.unit), self._clock["memory"]
+        M, memory = blocks(layers, self._unit), self._clock["memory"]
         beta = self.step_size.averages(memory)
         other = (beta is None) == bool(self._clock.get("averaged", 0))  # than the last step's: P is of another kind
         states = {name: {} if other else self._kept(layer) for name, layer in layers.items()}
@@ -554,11 +554,17 @@ class NaturalGradient(torch.optim.Optimizer):
         if labels is None:
             n = sum(record.examples() for record in records)
             for record in records:
-                record.scale = n * self._gauge.altered / self._gauge.unit
+                record.scale = n * self._gauge.altered / self._unit
         else:
             labels.factor = self._gauge.factor
             for record in records if labels.factor != 1.0 else ():
                 record.scale *= labels.factor**0.5
+
+    @property
+    def _unit(self) -> float:
+        """That in which a loss without a likelihood is counted: its own, if a constant damping refers to that."""
+        measured = self._engine.labels is None and self.damping.of_likelihood
+        return self._gauge.unit if measured else 1.0
 
     def _arm(self) -> None:
         """Record the coming step's forward passes if they are needed, with labels that depend on its number alone."""
