@@ -238,7 +238,7 @@ def test_a_module_whose_weight_another_operation_uses_is_covered() -> None:
             return F.linear(self.used(x), weight, bias)
 
     model, x = Inside(), torch.randn(N, 3)
-    optimizer = NaturalGradient(model, likelihood=Gaussian())
+    optimizer = NaturalGradient(model, likelihood=Gaussian(), overhead=None)
     model(x).square().sum().backward()
     optimizer.step()
     assert list(optimizer.layers) == ["used", "never_called"]
@@ -255,7 +255,7 @@ def test_a_layer_that_is_never_used_does_not_count_as_covered() -> None:
             return self.used(x) + self.unused.weight.exp().sum()
 
     model, x = Unused(), torch.randn(N, 3)
-    optimizer = NaturalGradient(model, likelihood=Gaussian())
+    optimizer = NaturalGradient(model, likelihood=Gaussian(), overhead=None)
     assert "100.0 % of 24" in repr(optimizer)  # as far as modules tell
     before = model.unused.weight.detach().clone()
     for _ in range(2):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import natgrad
 from models import zoo
-from natgrad import Bernoulli, Categorical, NaturalGradient
+from natgrad import Bernoulli, Categorical, NaturalGradient, QuadraticModel
 from natgrad.optim.coverage import Report
 from natgrad.race.networks import resnet18
 
@@ -83,7 +83,7 @@ EXAMPLES = {
 
 def trained(model: nn.Module, loss: Loss, steps: int = 8, targets: Tensor | None = None, **settings: Any) -> Any:
     """The optimizer after these steps, and the losses."""
-    optimizer, losses = NaturalGradient(model, **settings), []
+    optimizer, losses = NaturalGradient(model, **{"step_size": QuadraticModel(), "overhead": None, **settings}), []
     for _ in range(steps):
         optimizer.zero_grad()
         if targets is not None:

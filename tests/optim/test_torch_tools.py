@@ -65,7 +65,7 @@ def test_reduce_lr_on_plateau_reduces() -> None:
     for step in range(3):
         train(model, optimizer, [batch(step)])
         scheduler.step(1.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.0025]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005]
 
 
 # Scaled gradients.

@@ -84,7 +84,14 @@ def test_a_natural_gradient_fine_tunes_what_was_stored(stored: Any) -> None:
     y = torch.arange(64) % 2
     x[:, 0] = 1 + y
     task = replace(TASKS["minilm"], data=lambda _: finetune.Texts("x", (x, y), (x, y), stored[1]), batch=16)
-    done = run(task, task.data(None), ENTRIES["kfac"], settings={}, seed=0, rules=Rules(epochs=5))
+    done = run(
+        task,
+        task.data(None),
+        ENTRIES["kfac"],
+        settings={"step_size": "model", "overhead": None},
+        seed=0,
+        rules=Rules(epochs=5),
+    )
     assert not done.stopped
     assert done.curve[-1].loss < 0.5 * done.curve[0].loss
 

@@ -105,7 +105,14 @@ def test_a_natural_gradient_learns_the_order_of_words(tmp_path: Path, monkeypatc
             (tmp_path / "multi30k" / f"{part}.{language}").write_text("".join(f"{line}\n" for line in some))
     monkeypatch.setattr(gpt, "LENGTH", 7)
     task = replace(TASKS["gpt"], batch=16, model=lambda _: GPT(words=12, length=7, width=8, heads=2, layers=1))
-    done = run(task, task.data(tmp_path), ENTRIES["kfac"], settings={}, seed=0, rules=Rules(epochs=5))
+    done = run(
+        task,
+        task.data(tmp_path),
+        ENTRIES["kfac"],
+        settings={"step_size": "quadratic", "overhead": None},
+        seed=0,
+        rules=Rules(epochs=5),
+    )
     assert not done.stopped
     last = done.curve[-1]
     assert last.loss < 0.6 * done.curve[0].loss and last.test_loss is not None

@@ -86,7 +86,14 @@ def test_a_natural_gradient_learns_a_field_from_the_neighbours_too(tmp_path: Pat
     task = replace(
         TASKS["graph"], batch=28, model=lambda d: GCN(d.features, d.edges, widths=(8, 2), dropout=0.0)  # type: ignore[attr-defined]
     )  # fmt: skip
-    done = run(task, task.data(tmp_path), ENTRIES["kfac"], settings={}, seed=0, rules=Rules(epochs=15))
+    done = run(
+        task,
+        task.data(tmp_path),
+        ENTRIES["kfac"],
+        settings={"step_size": "quadratic", "overhead": None},
+        seed=0,
+        rules=Rules(epochs=15),
+    )
     assert not done.stopped
     assert done.curve[-1].metrics["test accuracy %"] > 85
     assert done.curve[-1].loss < 0.4 * done.curve[0].loss

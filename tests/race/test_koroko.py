@@ -47,7 +47,9 @@ def test_frozen_statistics_are_those_of_the_first_observation() -> None:
 def test_frozen_curvature_does_not_change_in_training() -> None:
     torch.manual_seed(0)
     model = perceptron(8, 6, 4)
-    optimizer = NaturalGradient(model, Frozen(KFAC()), damping=0.1, observe_every=1, refresh_every=1)
+    optimizer = NaturalGradient(
+        model, Frozen(KFAC()), damping=0.1, observe_every=1, refresh_every=1, step_size=KLLimit()
+    )
     x, y = torch.randn(32, 8), torch.randint(4, (32,))
     inverses = []
     for _ in range(4):

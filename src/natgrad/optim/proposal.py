@@ -81,6 +81,9 @@ def moves_of(
             moves.momenta.append((parameters[0], f"{layer.slot}squares", proposal.averages.squares[name]))
         elif D is not None and group["lr"]:
             P = torch.mul(P, mu).to(D.dtype).add_(D, alpha=alpha)
+        if f"{layer.slot}squares" not in state[parameters[0]] and proposal.averages is None:
+            blank = torch.zeros(2, device=layer.weight.device)
+            moves.momenta.append((parameters[0], f"{layer.slot}squares", blank))
         moves.momenta.append((parameters[0], key, P))
         if D is None:
             continue
@@ -168,7 +171,8 @@ def remember_layer(layer: Layer, curvature: LayerCurvature, state: MutableMappin
     own.update({f"{layer.slot}{name}": value for name, value in curvature.state().items()})
     if momentum not in own or own[momentum].shape != layer.shape:
         own[momentum] = torch.zeros(layer.shape, dtype=weight.dtype, device=weight.device)
-    own.setdefault(f"{layer.slot}squares", torch.zeros(2, device=weight.device))
+    if f"{layer.slot}squares" not in own:
+        own[f"{layer.slot}squares"] = torch.zeros(2, device=weight.device)
 
 
 def without_blanks(state: Mapping[Any, dict[str, Any]]) -> None:

@@ -95,6 +95,7 @@ def _betas(settings: Settings) -> tuple[float, float, dict[str, Any]]:
 POLICIES: dict[str, Callable[[], Any]] = {
     "kl": lambda: natgrad.KLLimit(),
     "quadratic": lambda: natgrad.QuadraticModel(),
+    "model": lambda: natgrad.Automatic(look=1, agreement=0.0, patience=50, decay=0.95),  # from the start, while trusted
     "common": lambda: natgrad.Automatic(precise=natgrad.QuadraticModel(per_layer=False)),
     "constant": lambda: natgrad.Constant(),
 }

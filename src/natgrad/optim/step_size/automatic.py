@@ -40,8 +40,9 @@ class Automatic(StepSize):
     is below ``threshold`` after ``patience`` comparisons, ``noisy`` is back for good.
 
     *Does the model reach too far?* Its KL limit is a trust region: it starts at a quarter, doubles after a step that
-    kept a quarter of its promise, and shrinks after one that did not. So does the root mean square of a step, which
-    starts at that of a noisy one: where probabilities are saturated, samples see no KL however long the step is. A step
+    kept a quarter of its promise, and shrinks after one that did not. Where probabilities can saturate, so
+    that samples see no KL however long a step is, the root mean square of a step is bounded in the same way, at first
+    by that of a noisy one. A step
     at whose end the loss rises more steeply than it fell at its start is taken back, to the point where the line
     through both slopes is 0; the region shrinks to a quarter of that step's KL, and damping grows.
 
@@ -104,9 +105,11 @@ class Automatic(StepSize):
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
         """Those of the policy in use, and at first what compares gradients."""
         own = self._now(memory).products(directions, damping, memory)
+        if directions.labels is None:
+            return own
         if memory.get("precise", 0.0):
-            return {**own, **directions.sizes()}
-        return {**own, **directions.agreement()} if self._looks(memory) and directions.labels is not None else own
+            return {**own, **directions.sizes()} if directions.labels.likelihood.saturates else own
+        return {**own, **directions.agreement()} if self._looks(memory) else own
 
     def idle(self, memory: Memory) -> Memory:
         """Without the last step: the next one finds nothing to compare it with."""
@@ -183,7 +186,9 @@ class Automatic(StepSize):
 
 
 def _within(reach: float, decided: Decision, now: Situation) -> Decision:
-    """The same step, shortened to a root mean square of ``reach``."""
+    """The same step, shortened to a root mean square of ``reach`` where that is measured."""
+    if "DID" not in now.read:
+        return decided
     size = now.lr * max(now.form("I", decided.alpha, decided.mu), 0.0) ** 0.5
     if size <= reach:
         return decided
