@@ -174,6 +174,8 @@ def test_the_bench_times_refreshes_of_natural_entries_under_several_policies(tin
         "3",
         "--set",
         "kfac.overhead=null",
+        "--set",
+        "kfac[kl].overhead=null",
     ]
     assert main(["bench", *words, "--json", str(file)]) == 0
     costs = json.loads(file.read_text())

@@ -178,7 +178,7 @@ class Plan:
         plainly = budget.cadence.due(step, layers)
         observe = {n: s for n, s in plainly.observe.items() if n not in self.turns or "observe" in budget.given}
         refresh = [n for n in plainly.refresh if n not in self.turns or "refresh" in budget.given]
-        purse = _Purse(self._left(account, step))
+        purse = _Purse(self._left(account, step), max(BURST, budget.overhead))
         for name in self._urgent(account, step, layers):
             turn, (seen, renewed, count) = self.turns[name], account.last.get(name, _NEVER)
             due = "observe" not in budget.given and self._observed(turn, step) > seen
@@ -232,14 +232,15 @@ class Plan:
 
 @dataclass
 class _Purse:
-    """What may be spent in a step: of ``left`` no more than BURST, but for one thing that alone is more."""
+    """What may be spent in a step: of ``left`` no more than ``most``, but for one thing that alone is more."""
 
     left: float
+    most: float
     spent: float = 0.0
 
     def pays(self, cost: float) -> bool:
         """Whether there is enough, which is then spent."""
-        if self.spent + cost > (self.left if self.spent == 0 else min(self.left, BURST)):
+        if self.spent + cost > (self.left if self.spent == 0 else min(self.left, self.most)):
             return False
         self.spent += cost
         return True
