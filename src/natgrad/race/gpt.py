@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natgrad.race.data import Dataset, Pair, load_multi30k
+from natgrad.race.language import mean_nats
 
 UNKNOWN, END = 0, 1
 WORDS = 3000  # of the vocabulary
@@ -90,15 +91,6 @@ def gpt(data: Dataset) -> GPT:
     return GPT()
 
 
-def word_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy in nats, mean over words."""
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
-
-
-@torch.no_grad()
 def perplexity(model: nn.Module, data: Dataset) -> float:
     """Exponential of the mean cross entropy of the test words."""
-    if data.test is None:
-        return float("nan")
-    parts = zip(data.test[0].split(100), data.test[1].split(100), strict=True)
-    return math.exp(sum(float(word_loss(model(x), y)) * y.numel() for x, y in parts) / data.test[1].numel())
+    return math.exp(mean_nats(model, data))

@@ -64,16 +64,20 @@ def transformer(data: Dataset) -> CausalTransformer:
     return CausalTransformer(BYTES)
 
 
-def byte_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy in nats, mean over bytes."""
+def token_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy in nats, mean over tokens."""
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, data: Dataset) -> float:
-    """Cross entropy of the test text in bits, mean over bytes."""
+def mean_nats(model: nn.Module, data: Dataset) -> float:
+    """Cross entropy of the test text, mean over tokens."""
     if data.test is None:
         return float("nan")
     parts = zip(data.test[0].split(100), data.test[1].split(100), strict=True)
-    total = sum(float(byte_loss(model(x), y)) * y.numel() for x, y in parts)
-    return total / data.test[1].numel() / math.log(2)
+    return sum(float(token_loss(model(x), y)) * y.numel() for x, y in parts) / data.test[1].numel()
+
+
+def bits_per_byte(model: nn.Module, data: Dataset) -> float:
+    """Cross entropy of the test text in bits, mean over bytes."""
+    return mean_nats(model, data) / math.log(2)

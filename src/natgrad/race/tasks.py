@@ -86,7 +86,7 @@ MEAN_BERNOULLI = partial(natgrad.Bernoulli, reduction="mean")
 MEAN_GAUSSIAN = partial(natgrad.Gaussian, reduction="mean")
 BYTES: dict[str, Any] = {
     "data": language.manual,
-    "loss": language.byte_loss,
+    "loss": language.token_loss,
     "likelihood": categorical,
     "batch": 64,
     "epochs": 5,
@@ -197,7 +197,7 @@ TASKS = {
             name="gpt",
             data=gpt.captions,
             model=gpt.gpt,
-            loss=gpt.word_loss,
+            loss=language.token_loss,
             likelihood=categorical,
             batch=32,
             epochs=2,
