@@ -37,9 +37,9 @@ class Means:
 
 
 def whitened(matrix: Matrix, damping: float) -> LinearMap | None:
-    """What :func:`steepest` steps with, ``damping`` times its mean eigenvalue added to every factor; ``None`` for a
-    matrix without a root.
+    """What :func:`turn` and :func:`turned` step with; ``None`` for a matrix without a root.
 
+    ``damping`` times its mean eigenvalue is added to every factor.
     Of Kronecker products and one-sided matrices the root of the smaller side and the inverse of the larger one, of
     spectral, row-wise and diagonal matrices F^(-1/2). What is added follows the matrix, so that the unit of the loss
     and that of the inputs change D by a number alone. Cost: one eigendecomposition of the smaller side, d^3 of the
@@ -79,10 +79,7 @@ def turn(S: LinearMap, M: Tensor, iterations: int | None = 5) -> Tensor:
         Q = _inverse_root(_gram(*_halves(S, M), wide), iterations)
         R = _sides(S)[0 if wide else 1]
         return Q if R is None else factor.times_right(factor.left_times(R, Q), R)
-    if isinstance(S, Spectral):
-        X = factor.times_right(factor.left_times(factor.transposed(S.left), M), S.right) * S.values
-    else:
-        X = S @ M
+    X = _projected(S, M) if isinstance(S, Spectral) else S @ M
     wide = X.shape[-2] <= X.shape[-1]
     return _inverse_root(_gram(X, X, wide), iterations)
 
@@ -99,7 +96,7 @@ def turned(S: LinearMap, T: Tensor, M: Tensor) -> Tensor:
             X = X if left is None else factor.left_times(left, X)
         return _times(T.to(X.dtype), X, wide).to(M.dtype)
     if isinstance(S, Spectral):  # in the eigenbasis: the polar factor turns with it
-        X = factor.times_right(factor.left_times(factor.transposed(S.left), M.to(S.left.dtype)), S.right) * S.values
+        X = _projected(S, M.to(S.left.dtype))
         X = factor.left_times(S.left, _times(T.to(X.dtype), X, wide) * S.values)
         return factor.times_right(X, factor.transposed(S.right)).to(M.dtype)
     return S @ _times(T.to(M.dtype), S @ M, wide)
@@ -128,6 +125,11 @@ def _sides(S: Kronecker | OneSided) -> tuple[Tensor | None, Tensor | None]:
     if isinstance(S, Kronecker):
         return S.left, S.right
     return (None, S.factor) if S.side == "right" else (S.factor, None)
+
+
+def _projected(S: Spectral, M: Tensor) -> Tensor:
+    """S M in the eigenbasis."""
+    return factor.times_right(factor.left_times(factor.transposed(S.left), M), S.right) * S.values
 
 
 def _gram(N: Tensor, Z: Tensor, wide: bool) -> Tensor:

@@ -40,11 +40,10 @@ class Automatic(StepSize):
     is below ``threshold`` after ``patience`` comparisons, ``noisy`` is back for good.
 
     *Does the model reach too far?* Its KL limit is a trust region: it starts at a quarter, doubles after a step that
-    kept a quarter of its promise, and shrinks after one that did not. Where probabilities can saturate, so
-    that samples see no KL however long a step is, the root mean square of a step is bounded in the same way, at first
-    by that of a noisy one. A step
-    at whose end the loss rises more steeply than it fell at its start is taken back, to the point where the line
-    through both slopes is 0; the region shrinks to a quarter of that step's KL, and damping grows.
+    kept a quarter of its promise, and shrinks after one that did not. Where probabilities can saturate, so that samples
+    see no KL however long a step is, the root mean square of a step is bounded in the same way, at first by about that
+    of a noisy one. A step at whose end the loss rises more steeply than it fell at its start is taken back, to the
+    point where the line through both slopes is 0; the region shrinks to a quarter of that step's KL, and damping grows.
 
     A learning rate is that of ``noisy``; as a multiple of its default it scales the steps of ``precise`` too.
     """

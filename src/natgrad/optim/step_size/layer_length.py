@@ -17,7 +17,7 @@ from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
-_STEADY = 3.0  # times the root mean square of X is as long as the step where X is noise
+_STEADY = 3.0  # times the root mean square of X is the longest step; less where X is below a third of rms
 
 
 @dataclass(frozen=True)
