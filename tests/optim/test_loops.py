@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import backward, batch, network, noise, optimizer_of, same, train, values, weights
 
-from natgrad import Categorical, Constant, KLLimit
+from natgrad import Automatic, Categorical, Constant, KLLimit
 from natgrad.scale import ENOUGH
 from oracles import assert_equal
 
@@ -295,3 +295,21 @@ def test_a_parameter_that_a_model_returns_keeps_no_records() -> None:
             own.step()
     assert not model.inner[0].weight._backward_hooks
     assert same(values(model), values(reference))
+
+
+@pytest.mark.filterwarnings("ignore:.*of a set length")
+def test_the_default_goes_on_with_set_lengths_where_a_pass_was_not_observed() -> None:
+    model = network().double()
+    optimizer = optimizer_of(model, step_size=Automatic(look=1, agreement=0.0))
+    train(model, optimizer, BATCHES[:3])
+    assert optimizer.statistics()["precise"] == 1
+    before = values(model)
+    with pytest.warns(UserWarning, match="of a set length"):
+        optimizer.step()  # on the same gradients
+    assert not same(values(model), before)
+    model.eval()
+    losses = train(model, optimizer, BATCHES)
+    assert losses[-1] < losses[0]
+    model.train()
+    train(model, optimizer, BATCHES[:3])
+    assert optimizer.statistics()["precise"] == 1

@@ -11,14 +11,20 @@ from torch import nn
 from natgrad.layers import Coverage
 from natgrad.matrix import FactorisationError
 from natgrad.optim.curvature import LayerCurvature
+from natgrad.optim.step_size.base import Memory, StepSize
 
 
-def no_samples(policy: object) -> RuntimeError:
-    """The error of a step without a forward pass that was observed, under a policy that needs one."""
-    return RuntimeError(
+def without_samples(policy: StepSize, memory: Memory) -> Memory:
+    """The memory of a policy for a step without a forward pass that was observed; says so, or raises."""
+    why = (
         f"{type(policy).__name__} reads samples at every step, but no forward pass of the model in training mode led "
-        "to these gradients; call model.train() before it, or use KLLimit() as step_size"
+        "to these gradients"
     )
+    instead = policy.unobserved(memory)
+    if instead is None:
+        raise RuntimeError(f"{why}; call model.train() before it, or use KLLimit() as step_size")
+    warnings.warn(f"{why}: this step, and some after it, are of a set length", stacklevel=6)
+    return dict(instead)
 
 
 class Watch:

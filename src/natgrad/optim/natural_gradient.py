@@ -28,7 +28,7 @@ from natgrad.optim.closure import evaluate, write_out
 from natgrad.optim.coverage import matrices_of, report
 from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
-from natgrad.optim.fallback import Watch, no_samples
+from natgrad.optim.fallback import Watch, without_samples
 from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
@@ -321,6 +321,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _propose(self, records: list[Record]) -> Proposal | None:
         self._rescale(records)
+        if not records and self._free:
+            self._do_without_samples()
         account = self._schedule.counted(self._account, self._curvature.layers, records)
         free = self._free
         curvature = self._advance(records, account)
@@ -332,8 +334,6 @@ class NaturalGradient(torch.optim.Optimizer):
         directions, averages, curvature, lr = self._directions(chosen, curvature, records)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
-        if names and not records and self.step_size.needs_samples(self._clock["memory"]):
-            raise no_samples(self.step_size)
         if names:
             if averages is None:
                 products |= {"slope": directions.slope(), "drift": directions.drift()}
@@ -351,6 +351,13 @@ class NaturalGradient(torch.optim.Optimizer):
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
         return Proposal(curvature, directions.D, averages, decision, read.get("drift", 0.0), lr, account)
+
+    def _do_without_samples(self) -> None:
+        """Hand over to what needs none, where layers have gradients; raises ``RuntimeError`` where the policy cannot."""
+        layers = self._curvature.layers
+        if any(c.refreshed and name in layers and layers[name].has_gradient for name, c in self._now.items()):
+            self._clock["memory"] = without_samples(self.step_size, self._clock["memory"])
+            self._choose_geometry()
 
     def _advance(self, records: list[Record], account: Account) -> State:
         started = time.perf_counter()

@@ -114,6 +114,10 @@ class Automatic(StepSize):
         """Without the last step: the next one finds nothing to compare it with."""
         return {name: value for name, value in memory.items() if name not in _LAST_STEP}
 
+    def unobserved(self, memory: Memory) -> Memory:
+        """That of ``noisy``, which looks again whether batches stand for the loss."""
+        return {name: value for name, value in self.idle(memory).items() if name not in (*_OF_MODEL, "looked")}
+
     def decide(self, now: Situation) -> Decision:
         """By the policy in use."""
         if not now.memory.get("precise", 0.0):

@@ -98,6 +98,10 @@ class StepSize(ABC):
         """The memory after a step that moved no layer."""
         return memory
 
+    def unobserved(self, memory: Memory) -> Memory | None:
+        """The memory with which a step needs no samples, for one without an observed pass; ``None``: it has to have them."""
+        return None
+
     @abstractmethod
     def decide(self, now: Situation) -> Decision:
         """alpha and mu from the scalars."""
