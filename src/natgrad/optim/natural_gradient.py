@@ -353,7 +353,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return Proposal(curvature, directions.D, averages, decision, read.get("drift", 0.0), lr, account)
 
     def _do_without_samples(self) -> None:
-        """Hand over to what needs none, where layers have gradients; raises ``RuntimeError`` where the policy cannot."""
+        """Hand over to what needs none, where layers have gradients; ``RuntimeError`` where the policy cannot."""
         layers = self._curvature.layers
         if any(c.refreshed and name in layers and layers[name].has_gradient for name, c in self._now.items()):
             self._clock["memory"] = without_samples(self.step_size, self._clock["memory"])

@@ -99,7 +99,7 @@ class StepSize(ABC):
         return memory
 
     def unobserved(self, memory: Memory) -> Memory | None:
-        """The memory with which a step needs no samples, for one without an observed pass; ``None``: it has to have them."""
+        """The memory with which a step needs no samples, for want of an observed pass; ``None`` if there is none."""
         return None
 
     @abstractmethod
