@@ -14,6 +14,7 @@ ENOUGH = (16, 8)  # rows of statistics in the larger side of a layer: if all goe
 FEWEST = 256  # rows, however small the layer
 EXAMPLES = 32  # whose labels are drawn, however many positions each has
 CREDIT = 12.0  # plain steps, so that the first ten cost no more than some two and a half each
+TURNING = 2.0  # times the overhead is what turning roots may take besides
 BURST = 4.0  # plain steps that one step may cost beside itself, unless one layer alone costs more
 
 
@@ -23,7 +24,8 @@ class Load:
     ``observe`` all its positions, ``refresh``, and ``fixed``, with either.
 
     It has ``positions`` in each of ``examples``, and ``side`` is the larger one of its covariances; ``reads`` says what
-    may be left out.
+    may be left out. ``turn`` is what a step takes that turns a root, beyond any other, which then serves ``longest``
+    steps at most.
     """
 
     plain: float
@@ -35,6 +37,8 @@ class Load:
     positions: int = 1
     side: int = 1
     reads: Literal["positions", "examples", "all"] = "all"
+    turn: float = 0.0
+    longest: int = 1
 
     def share(self, enough: float) -> Share:
         """What is read for ``enough`` rows in the larger side; positions are left out before examples are."""
@@ -50,18 +54,20 @@ class Load:
 
 @dataclass(frozen=True)
 class Turn:
-    """The plan for a layer: what an observation reads, the periods, and the costs of both, in plain steps."""
+    """The plan for a layer: what an observation reads, the periods, and the costs of both, in plain steps; and how many
+    steps what turns its root serves."""
 
     share: Share
     observe_every: int
     refresh_every: int
     observe: float
     refresh: float
+    serves: int = 1
 
     def __str__(self) -> str:
         return (
             f"{100 * self.share.fraction / self.share.stride:.3g} % observed every {self.observe_every} steps, "
-            f"renewed every {self.refresh_every}"
+            f"renewed every {self.refresh_every}" + (f", turned every {self.serves}" if self.serves > 1 else "")
         )
 
 
@@ -144,10 +150,18 @@ class Budget:
                     ("refresh", cadence.refresh_every, refresh),
                 )
             )
-            turns[name] = Turn(full, seen, renewed, observe, refresh)
+            turns[name] = Turn(full, seen, renewed, observe, refresh, self._serves(load, loads, whole))
         base = min((turn.observe_every for turn in turns.values()), default=1)
         turns = {n: _multiple(turn, base) for n, turn in turns.items()}
         return Plan(self, turns, sum(load.see for load in loads.values()) / whole if loads else 0.0)
+
+    def _serves(self, load: Load, loads: Mapping[str, Load], whole: float) -> int:
+        """1 where turning its root takes its share of the layer's part of a step at most, else as it fits over all."""
+        share = TURNING * self.overhead
+        if load.turn <= share * load.plain:
+            return 1
+        dear = sum(other.turn for other in loads.values())
+        return min(load.longest, max(1, math.ceil(dear / max(share * whole, 1e-30))))
 
 
 _NEVER = (-1, -1, 0)

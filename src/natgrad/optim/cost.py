@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from natgrad.capture import Capture
 from natgrad.fishers import Approximation
 from natgrad.layers import Layer
-from natgrad.optim.geometry import Frobenius, Geometry, direction
+from natgrad.matrix import LinearMap
+from natgrad.matrix.whitening import steepest, turned
+from natgrad.optim.geometry import ROOT, Frobenius, Geometry
 from natgrad.sparse import Sparse, SparseCapture
 
 aten = torch.ops.aten
@@ -25,8 +27,7 @@ _FROBENIUS = Frobenius()
 class Cost:
     """The ``structure`` of a layer's matrix, the ``memory`` of its curvature in bytes, and floating-point operations.
 
-    ``step``: of the product that gives the direction, and its part of what turns a root; ``refresh``: of a new matrix
-    and its inverse, or root.
+    ``step``: of what gives the direction; ``refresh``: of a new matrix and its inverse, or root.
     """
 
     structure: str
@@ -35,31 +36,48 @@ class Cost:
     refresh: int
 
 
-def cost(approximation: Approximation, layer: Layer, examples: int = 1, geometry: Geometry = _FROBENIUS) -> Cost | None:
+def cost(
+    approximation: Approximation,
+    layer: Layer,
+    examples: int = 1,
+    geometry: Geometry = _FROBENIUS,
+    serves: int = 1,
+) -> Cost | None:
     """The cost on a layer under a geometry; ``None`` if what is done depends on the data.
 
     Products and factorisations count, elementwise operations do not. Of a method that keeps samples the figures are for
-    a batch of ``examples``, with one position each.
+    a batch of ``examples``, with one position each. What turns a root ``serves`` so many steps.
     """
     seen = layer.blank(examples, torch.device("cpu"))
     stats = approximation.merge(None, approximation.observe(seen), 0.0)
     stats = {name: statistic.restored(statistic.value.to("meta")) for name, statistic in stats.items()}
+    M = torch.zeros(layer.shape, dtype=layer.parameters[0].dtype, device="meta")
     try:
         with Counting() as counting:
             matrix = approximation.assemble(stats)
             inverse, kind = geometry.prepare(approximation, matrix, 1.0)
             refresh = counting.flops
-            M = torch.zeros(layer.shape, dtype=layer.parameters[0].dtype, device="meta")
-            turn = geometry.turn(inverse, kind, M)
-            turned = counting.flops
-            direction(inverse, turn, M)
+            plain, turning, turn = _steps(counting, inverse, kind, M, geometry)
     except (NotImplementedError, RuntimeError):
         return None
     kept = [*inverse.tensors().values(), *(matrix.tensors().values() if approximation.keeps else ())]
     kept += [] if turn is None else [turn]
     memory = size([*(statistic.value for statistic in stats.values()), *kept])
-    step = counting.flops - turned + round((turned - refresh) / geometry.every)
-    return Cost(type(matrix).__name__, memory, step, refresh)
+    return Cost(type(matrix).__name__, memory, plain + round((turning - plain) / serves), refresh)
+
+
+def _steps(
+    counting: Counting, S: LinearMap, kind: int, M: Tensor, geometry: Geometry
+) -> tuple[int, int, Tensor | None]:
+    """Flops of a direction, and of one that turns a root; what the latter leaves."""
+    before = counting.flops
+    if kind != ROOT:
+        S @ M
+        return counting.flops - before, counting.flops - before, None
+    turn = steepest(S, M, geometry.iterations)[1]
+    turning = counting.flops - before
+    turned(S, turn, M)
+    return counting.flops - before - turning, turning, turn
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,8 @@ class Work:
 
     Factorisations run at a fraction of a product's speed, and what is read has to be moved: a constant stands for
     either. ``fixed`` is what any of the two takes, however small the layer; ``plain`` is the layer's own part of a
-    training step, forwards and backwards, and ``see`` of one backward pass to the outputs alone.
+    training step, forwards and backwards, and ``see`` of one backward pass to the outputs alone. ``turn`` is what a
+    direction takes that turns a root, beyond any other.
     """
 
     plain: float
@@ -76,6 +95,7 @@ class Work:
     observe: float
     refresh: float
     fixed: float
+    turn: float
 
 
 def work(
@@ -93,8 +113,10 @@ def work(
             stats = approximation.merge(None, approximation.observe(seen), 0.0)
             observe = counting.slow
             matrix = approximation.assemble(stats)
-            geometry.prepare(approximation, matrix, 1.0)
+            S, kind = geometry.prepare(approximation, matrix, 1.0)
             refresh = counting.slow - observe
+            M = torch.zeros(layer.shape, dtype=layer.weight.dtype, device="meta")
+            stale, turning, _ = _steps(counting, S, kind, M, geometry)
             if approximation.corrects:
                 before = counting.slow
                 geometry.prepare(approximation, approximation.correct(matrix, [seen], 0.5), 1.0)
@@ -102,7 +124,8 @@ def work(
         except (NotImplementedError, RuntimeError):
             return None
     plain = 3 * products + _MOVE * math.prod(groups) * rows * out + launch
-    return Work(plain, products + launch, observe + _MOVE * numbers, refresh, 2 * launch)
+    turn = turning - stale + launch if turning > stale else 0.0
+    return Work(plain, products + launch, observe + _MOVE * numbers, refresh, 2 * launch, turn)
 
 
 def _blank(layer: Layer, examples: int, positions: int) -> Capture:

@@ -17,8 +17,9 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
+from natgrad.matrix.whitening import steepest, turned
 from natgrad.optim.cost import Counting
-from natgrad.optim.geometry import INVERSE, ROOT, Frobenius, Geometry, direction, metric
+from natgrad.optim.geometry import INVERSE, ROOT, Frobenius, Geometry, metric
 
 _COUNTERS = (
     "observations",
@@ -210,15 +211,17 @@ class LayerCurvature:
         matrix = approximation.assemble(self.stats) if known is None else known
         return (matrix.trace() / (matrix.shape[-1] * matrix.shape[-2])).mean()
 
-    def precondition(self, M: Tensor) -> Tensor:
-        """The direction for M: inverse @ M, or the product with a root as it is turned."""
-        return direction(self.applied or self.inverse, self.turn if self.kind == ROOT else None, M)
-
-    def turned(self, geometry: Geometry, M: Tensor, anew: bool) -> Self:
-        """With the ``turn`` of its root that is the steepest for M, if it has none or it is to be made ``anew``."""
-        if self.kind != ROOT or not (anew or not self.turns):
-            return self
-        return replace(self, turn=geometry.turn(self.inverse, self.kind, M), turns=self.turns + 1)
+    def direction(self, M: Tensor, iterations: int | None, serves: int) -> tuple[Tensor, Self]:
+        """D for M, inverse @ M or the steepest with a root; what that was turned by is kept if it ``serves`` steps."""
+        applied = self.applied or self.inverse
+        if self.kind != ROOT:
+            return applied @ M, self
+        if serves > 1 and self.turn is not None and 0 < self.turns < serves:
+            return turned(applied, self.turn, M), replace(self, turns=self.turns + 1)
+        D, turn = steepest(self.inverse, M, iterations)
+        if serves == 1:
+            return D, self if not self.turns else replace(self, turns=0)
+        return D, replace(self, turn=turn, turns=1)
 
     def bend(self, D: Tensor) -> int | None:
         """D^T F D for a direction by the turn of a root; ``None`` for one by an inverse, where it is <M, D>."""

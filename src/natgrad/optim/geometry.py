@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.fishers import Approximation
 from natgrad.matrix import Kronecker, LinearMap, Matrix, OneSided
 from natgrad.matrix.factor import is_column
-from natgrad.matrix.whitening import dual, turn, turned, whitened
+from natgrad.matrix.whitening import dual, steepest, turned, whitened
 
 INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
 
@@ -23,7 +23,8 @@ INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root
 class Geometry(ABC):
     """What is made of a matrix at a refresh, and of a gradient with it at every step."""
 
-    every: int = 1  # steps from one :meth:`turn` to the next
+    iterations: int | None = None  # for the polar factor of a root
+    every: int = 1  # steps that a part of a root, made for one gradient, serves at most
 
     @abstractmethod
     def prepare(self, approximation: Approximation, matrix: Matrix, damping: float) -> tuple[LinearMap, int]:
@@ -37,14 +38,6 @@ class Geometry(ABC):
     def empirical(self) -> Geometry:
         """What it is where F is the empirical Fisher."""
         return self
-
-    def turn(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor | None:
-        """What turns a root into the linear map that is steepest for a gradient M (*groups, out, in), if any does."""
-        return None
-
-    def turns(self, step: int) -> bool:
-        """Whether that is made anew at a step."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -72,14 +65,15 @@ class SpectralDescent(Geometry):
 
     With ``sides="inputs"`` a Kronecker product counts as I kron A.
 
-    As M is an average that changes slowly, the map that takes it to D is renewed ``every`` so many steps and at every
-    refresh, and serves in between (a preconditioner by the second moment of M, as Shampoo's). Cost of a step: that of
-    the natural gradient, and of a renewal 2 m n^2 + 4 m^2 n + 38 m^3 flops for sides m <= n; memory m^2.
+    The polar factor comes from ``iterations`` of Newton and Schulz on the smaller side, so that singular values end
+    between .7 and 1.2, and the smallest below (``None``: exactly, by an eigendecomposition). Where that would be dear
+    beside a training step, on wide layers and small batches, its part serves several steps, ``every`` at most
+    (:func:`~natgrad.matrix.whitening.turned`): what it is made for is an average that changes slowly.
     """
 
     damping: float = 0.1
     every: int = 10
-    iterations: int | None = 5
+    iterations: int | None = 3
     sides: Literal["both", "inputs"] = "both"
 
     def __post_init__(self) -> None:
@@ -107,19 +101,6 @@ class SpectralDescent(Geometry):
     def made(self, kind: int) -> bool:
         """A root, or its stand-in."""
         return kind != INVERSE
-
-    def turn(self, preconditioner: LinearMap, kind: int, M: Tensor) -> Tensor | None:
-        """T, see :func:`~natgrad.matrix.whitening.turn`."""
-        return turn(preconditioner, M, self.iterations) if kind == ROOT else None
-
-    def turns(self, step: int) -> bool:
-        """Every so many steps."""
-        return step % self.every == 0
-
-
-def direction(preconditioner: LinearMap, T: Tensor | None, M: Tensor) -> Tensor:
-    """D for a gradient M: the product with an inverse, or with a root as T turns it."""
-    return preconditioner @ M if T is None else turned(preconditioner, T, M)
 
 
 def metric(preconditioner: LinearMap, kind: int, X: Tensor, Y: Tensor) -> Tensor:

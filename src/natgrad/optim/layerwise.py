@@ -138,21 +138,21 @@ class Layerwise:
         tensors += [tensor for matrix in corrected if matrix is not None for tensor in matrix.tensors().values()]
         return finiteness(tensors)
 
-    def turned(self, state: State, M: Mapping[str, Tensor], step: int) -> State:
-        """The state with its roots turned to what is steepest for M, where that is due."""
-        anew = self.geometry.turns(step)
-        layers = {n: c.turned(self.geometry, M[n], anew) if n in M else c for n, c in state.items()}
-        same = all(layers[name] is state[name] for name in layers)
-        return state if same else replace(state, layers=layers)
-
-    def precondition(self, state: State, M: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """D: inverse @ M, or the product with a root as it is turned."""
+    def directions(
+        self, state: State, M: Mapping[str, Tensor], serves: Mapping[str, int]
+    ) -> tuple[dict[str, Tensor], State]:
+        """D, inverse @ M or the steepest with a root; the state with what roots were turned by, which ``serves`` so
+        many steps."""
         coupled = {name: gradient for name, gradient in M.items() if state.joint is not None and self._couples(name)}
         known = state.joint @ coupled if state.joint is not None and coupled else {}
-        return {
-            name: known[name].to(gradient.dtype) if name in known else state[name].precondition(gradient)
-            for name, gradient in M.items()
-        }
+        D, layers = {}, dict(state.layers)
+        for name, gradient in M.items():
+            if name in known:
+                D[name] = known[name].to(gradient.dtype)
+            else:
+                D[name], layers[name] = layers[name].direction(gradient, self.geometry.iterations, serves[name])
+        same = all(layers[name] is state[name] for name in layers)
+        return D, state if same else replace(state, layers=layers)
 
     def fast(self, name: str) -> torch.dtype | None:
         """The lower precision that suits the products of a layer, if any."""

@@ -164,7 +164,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = Layerwise(approximation, {}, decay, weight_sharing, fast, self.damping)
         free = overhead is None or math.isinf(overhead) or approximation.together or given >= {"observe", "refresh"}
         budget = None if free or overhead is None else Budget(overhead, cadence, given)
-        self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
+        unlimited = overhead is None or math.isinf(overhead)
+        self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical", unlimited)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
@@ -331,7 +332,8 @@ class NaturalGradient(torch.optim.Optimizer):
         layers = self._curvature.layers
         names = [name for name, c in curvature.items() if c.refreshed and layers[name].has_gradient]
         chosen = {name: layers[name] for name in names}
-        directions, averages, curvature, lr = self._directions(chosen, curvature, records)
+        serves = self._schedule.serves(account, layers, free)
+        directions, averages, curvature, lr = self._directions(chosen, curvature, records, serves)
         sizes = {"rest": self._rest(names), "observed": self._curvature.size(self._now, curvature)}
         products = {name: size for name, size in sizes.items() if size is not None}
         if names:
@@ -373,7 +375,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return advanced
 
     def _directions(
-        self, layers: dict[str, Layer], curvature: State, records: list[Record]
+        self, layers: dict[str, Layer], curvature: State, records: list[Record], serves: Mapping[str, int]
     ) -> tuple[Directions, Averages | None, State, float]:
         """The directions of the step, the averages that they come from, the curvature as it is turned to them, and the
         learning rate that all layers share."""
@@ -386,8 +388,7 @@ class NaturalGradient(torch.optim.Optimizer):
         squares = {name: state.get("squares") for name, state in states.items()}
         averages = None if beta is None else Averages.after(M, P, squares, beta)
         ahead = M if beta is None or averages is None else averages.ahead(M, beta)
-        curvature = self._curvature.turned(curvature, ahead, self.steps)
-        D = self._curvature.precondition(curvature, ahead)
+        D, curvature = self._curvature.directions(curvature, ahead, serves)
         precision, labels = self._curvature.precision, self._engine.labels
         joint = curvature.joint is not None
         directions = Directions(

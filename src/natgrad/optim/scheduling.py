@@ -20,13 +20,15 @@ from natgrad.record import Record
 class Schedule:
     """What is due at a step, for a ``cadence`` or a ``budget``; plans are kept as long as what they follow from.
 
-    ``samples``: whether an observation takes a backward pass of its own; ``geometry``: what a refresh prepares.
+    ``samples``: whether an observation takes a backward pass of its own; ``unlimited``: whether curvature may cost
+    anything; ``geometry``: what a refresh prepares.
     """
 
     approximation: Approximation
     cadence: Cadence
     budget: Budget | None = None
     samples: bool = False
+    unlimited: bool = False
     geometry: Geometry = Frobenius()
 
     def __post_init__(self) -> None:
@@ -76,6 +78,12 @@ class Schedule:
         if not known or known[0] is not account or known[1] is not plan or known[2] != step:
             self._due = (account, plan, step), plan.due(account, step, [*layers])
         return self._due[1]
+
+    def serves(self, account: Account, layers: Mapping[str, Layer], free: bool) -> dict[str, int]:
+        """How many steps what turns a root serves: one without a budget, the longest where costs are not known."""
+        plan, longest = self.plan(account, layers, free), 1 if self.unlimited else self.geometry.every
+        turns = {} if plan is None else plan.turns
+        return {name: turns[name].serves if name in turns else longest for name in layers}
 
     def watches(self, account: Account, layers: Mapping[str, Layer], step: int, free: bool) -> bool:
         """Whether a step observes any layer, or would if it were known which there are."""
@@ -137,6 +145,8 @@ class Schedule:
             positions,
             max(sides, default=1),
             "all" if layer.form.tokens else approximation.reads,
+            one.turn,
+            self.geometry.every,
         )
 
 
