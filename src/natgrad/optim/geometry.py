@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.fishers import Approximation
 from natgrad.matrix import Kronecker, LinearMap, Matrix, OneSided
 from natgrad.matrix.factor import is_column
-from natgrad.matrix.whitening import dual, steepest, turned, whitened
+from natgrad.matrix.whitening import dual, whitened
 
 INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
 
