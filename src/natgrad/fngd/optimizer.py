@@ -196,7 +196,7 @@ class FNGD(torch.optim.Optimizer):
         loss = evaluate(closure, self._restart)
         check_parameters(self.model, self.param_groups)
         self._learn_layers()
-        write_out(self.model)
+        write_out(self.model.parameters())
         learnt = self._learn(self._engine.take()) if self.learns else {}
         moves = self._moves(learnt)
         finite = self._finite(learnt)

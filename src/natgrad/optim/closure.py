@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ def evaluate(closure: Callable[[], Any] | None, failed: Callable[[], None]) -> A
         raise
 
 
-def write_out(model: nn.Module) -> None:
+def write_out(parameters: Iterable[nn.Parameter]) -> None:
     """Make sparse gradients dense."""
-    for p in model.parameters():
+    for p in parameters:
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.to_dense()

@@ -211,17 +211,18 @@ class LayerCurvature:
         matrix = approximation.assemble(self.stats) if known is None else known
         return (matrix.trace() / (matrix.shape[-1] * matrix.shape[-2])).mean()
 
-    def direction(self, M: Tensor, iterations: int | None, serves: int) -> tuple[Tensor, Self]:
-        """D for M, inverse @ M or the steepest with a root; what that was turned by is kept if it ``serves`` steps."""
+    def direction(self, M: Tensor, iterations: int | None, serves: int, step: int) -> tuple[Tensor, Self]:
+        """D for M, inverse @ M or the steepest with a root; what turns a root is kept where it ``serves`` some steps,
+        and made anew when their number divides ``step``."""
         applied = self.applied or self.inverse
         if self.kind != ROOT:
             return applied @ M, self
-        if serves > 1 and self.turn is not None and 0 < self.turns < serves:
-            return turned(applied, self.turn, M), replace(self, turns=self.turns + 1)
+        if self.turn is not None and self.turns and step % serves:
+            return turned(applied, self.turn, M), self
         D, turn = steepest(self.inverse, M, iterations)
         if serves == 1:
-            return D, self if not self.turns else replace(self, turns=0)
-        return D, replace(self, turn=turn, turns=1)
+            return D, replace(self, turns=0) if self.turns else self
+        return D, replace(self, turn=turn, turns=self.turns + 1)
 
     def bend(self, D: Tensor) -> int | None:
         """D^T F D for a direction by the turn of a root; ``None`` for one by an inverse, where it is <M, D>."""

@@ -139,10 +139,10 @@ class Layerwise:
         return finiteness(tensors)
 
     def directions(
-        self, state: State, M: Mapping[str, Tensor], serves: Mapping[str, int]
+        self, state: State, M: Mapping[str, Tensor], serves: Mapping[str, int], step: int
     ) -> tuple[dict[str, Tensor], State]:
         """D, inverse @ M or the steepest with a root; the state with what roots were turned by, which ``serves`` so
-        many steps."""
+        many steps, until their number divides ``step``."""
         coupled = {name: gradient for name, gradient in M.items() if state.joint is not None and self._couples(name)}
         known = state.joint @ coupled if state.joint is not None and coupled else {}
         D, layers = {}, dict(state.layers)
@@ -150,7 +150,8 @@ class Layerwise:
             if name in known:
                 D[name] = known[name].to(gradient.dtype)
             else:
-                D[name], layers[name] = layers[name].direction(gradient, self.geometry.iterations, serves[name])
+                now = layers[name]
+                D[name], layers[name] = now.direction(gradient, self.geometry.iterations, serves[name], step)
         same = all(layers[name] is state[name] for name in layers)
         return D, state if same else replace(state, layers=layers)
 

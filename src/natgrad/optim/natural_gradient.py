@@ -173,6 +173,7 @@ class NaturalGradient(torch.optim.Optimizer):
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
         self._learnt: tuple[Any, Any] = ({}, held)
+        self._followed: set[int] = set()  # of the parameters of layers, their ids
         self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict, self._elsewhere)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
         self._now, self._gauge = State(), Gauge()
@@ -302,7 +303,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._group_of = {id(p): group for group in self._natural for p in group["params"]}
         records = self._engine.take()
         self._learn_layers()
-        write_out(self.model)
+        write_out(self._engine.inventory.parameters.values())
         return self._propose(records)
 
     def _conclude(self, proposal: Proposal | None) -> None:
@@ -388,7 +389,7 @@ class NaturalGradient(torch.optim.Optimizer):
         squares = {name: state.get("squares") for name, state in states.items()}
         averages = None if beta is None else Averages.after(M, P, squares, beta)
         ahead = M if beta is None or averages is None else averages.ahead(M, beta)
-        D, curvature = self._curvature.directions(curvature, ahead, serves)
+        D, curvature = self._curvature.directions(curvature, ahead, serves, self.steps)
         precision, labels = self._curvature.precision, self._engine.labels
         joint = curvature.joint is not None
         directions = Directions(
@@ -416,8 +417,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Apply a step, whole: what can fail comes first, and is taken back if it does."""
         layers = self._curvature.layers
         moves = moves_of(proposal, layers, self.state, self._group_of)
-        rules = list(self._rest_of_groups(proposal))
         moved, kept = self._entries(proposal.moves), [layers[name] for name in proposal.moves]
+        rules = list(self._rest_of_groups(moved))
         stepped = [p for parameters, _ in rules for p in parameters if p.grad is not None]
         with whole(stepped, self.state), keeping(kept, [p for p in stepped if id(p) in moved]):
             for parameters, settings in rules:
@@ -438,16 +439,14 @@ class NaturalGradient(torch.optim.Optimizer):
         if not self._engine.inventory.facts and not any(group["lr"] for group in self.param_groups):
             self._foresee()
 
-    def _rest_of_groups(self, proposal: Proposal) -> Iterator[tuple[list[nn.Parameter], dict[str, Any]]]:
-        """The parameters that a first-order rule steps, and its settings."""
-        moved = self._entries(proposal.moves)
-        covered = {id(p) for layer in self._covered.layers.values() for p in layer.parameters}
+    def _rest_of_groups(self, moved: Mapping[int, int]) -> Iterator[tuple[list[nn.Parameter], dict[str, Any]]]:
+        """The parameters that a first-order rule steps, being those not ``moved`` whole, and its settings."""
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 yield group["params"], group
             else:
                 rest = (p for p in group["params"] if moved.get(id(p), 0) < p.numel())
-                chosen = [p for p in rest if group["lr"] or id(p) not in covered]
+                chosen = [p for p in rest if group["lr"] or id(p) not in self._followed]
                 yield chosen, adamw_settings(group, self._adamw)
 
     def _foresee(self) -> None:
@@ -518,9 +517,11 @@ class NaturalGradient(torch.optim.Optimizer):
         inventory.add(())  # what is trained may have changed
         (layers, groups), held = self._learnt, self._held()
         if layers is not inventory.layers or groups != held:
-            found = self._covered.layers if inventory.layers else {}
+            covered = self._covered.layers
+            found = covered if inventory.layers else {}
             check_layers(self._curvature.approximation, found.values())
             self._learnt = inventory.layers, held
+            self._followed = {id(p) for layer in covered.values() for p in layer.parameters}
             for p in [p for p in self.state if id(p) not in held]:  # taken out of param_groups
                 del self.state[p]
             self._curvature = replace(self._curvature, layers=found)
@@ -550,7 +551,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _rest(self, names: list[str]) -> Tensor | None:
         """A number that is finite if all gradients are that no inner product covers."""
         covered = self._entries(names)
-        rest = (p for p in self.model.parameters() if covered.get(id(p), 0) < p.numel())
+        rest = (p for p in self._engine.inventory.parameters.values() if covered.get(id(p), 0) < p.numel())
         return finiteness([p.grad for p in rest if p.grad is not None])
 
     def _rescale(self, records: list[Record]) -> None:
