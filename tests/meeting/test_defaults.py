@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from natgrad import Bernoulli, Categorical, Gaussian, NaturalGradient
 
+LAST = 5  # measurements, whose mean is less by chance than the last one where a batch is a single example
 Batch = tuple[Tensor, Tensor]
 Batches = Callable[[int], Batch]
 
@@ -171,5 +172,6 @@ def test_the_defaults_never_explode_and_end_no_worse_than_untuned_adamw(name: st
     losses = trained(row, lambda model: NaturalGradient(model, likelihood=row["likelihood"]))
     adamw = trained(row, lambda model: torch.optim.AdamW(model.parameters()))
     assert all(math.isfinite(loss) for loss in losses) and max(losses) < 3 * losses[0]
-    assert losses[-1] < losses[0]
-    assert losses[-1] <= max(adamw[-1], row.get("enough", 0.0) * losses[0])
+    ours, theirs = (sum(curve[-LAST:]) / LAST for curve in (losses, adamw))
+    assert ours < losses[0]
+    assert ours <= max(theirs, row.get("enough", 0.0) * losses[0])

@@ -51,6 +51,7 @@ class LayerCurvature:
     ``corrections`` counts those in what is measured along the matrix, since it was made where that begins anew.
     ``failures`` counts refreshes that failed in a row, the first of them at the step ``since``, for the ``reason`` that
     is told; ``retries`` all that were repeated; ``refreshes`` those that succeeded since there is an inverse.
+    ``inputs`` is the mean of |a|^2, the squared norm of what the weight is applied to, 0 before there is one.
     ``wide`` is 1 where statistics and inverse are in float64 since rounding made a refresh fail. ``damping`` is that of
     the inverse, and ``applied`` the inverse in the precision in which it is applied.
     """
@@ -70,6 +71,7 @@ class LayerCurvature:
     turns: int = 0
     damping: float = 1.0
     turn: Tensor | None = None
+    inputs: Tensor | None = None
     applied: LinearMap | None = None
     reason: str = ""
 
@@ -90,7 +92,8 @@ class LayerCurvature:
         matrix = None if blank.matrix is None else blank.matrix.with_tensors(zeros(blank.matrix.tensors()))
         inverse = blank.inverse.with_tensors(zeros(blank.inverse.tensors()))
         turn = None if blank.turn is None else torch.zeros_like(blank.turn, device=layer.weight.device)
-        return replace(blank, stats=stats, matrix=matrix, inverse=inverse, turn=turn)
+        inputs = torch.zeros((), device=layer.weight.device)
+        return replace(blank, stats=stats, matrix=matrix, inverse=inverse, turn=turn, inputs=inputs)
 
     @classmethod
     def _blank(cls, approximation: Approximation, seen: Capture, geometry: Geometry) -> Self:
@@ -100,7 +103,8 @@ class LayerCurvature:
         *groups, out, width = inverse.shape
         like, side = next(iter(inverse.tensors().values())), min(out, width)
         turn = like.new_zeros(*groups, side, side) if kind == ROOT else None
-        return cls(stats, matrix if approximation.keeps else None, inverse, kind=kind, turn=turn)
+        kept, inputs = matrix if approximation.keeps else None, torch.zeros((), device=like.device)
+        return cls(stats, kept, inverse, kind=kind, turn=turn, inputs=inputs)
 
     @property
     def ready(self) -> bool:
@@ -122,14 +126,17 @@ class LayerCurvature:
         """Whether all refreshes of late have failed, and there is no inverse to go on with."""
         return self.failures > 0 and not self.refreshed
 
-    def merge(self, approximation: Approximation, new: Stats, decay: float, n: int = 1) -> Self:
+    def merge(
+        self, approximation: Approximation, new: Stats, decay: float, n: int = 1, seen: Sequence[Capture] = ()
+    ) -> Self:
         """Statistics with one more observation, of n examples; those of the first ones weigh equally until ``decay`` is
         the larger weight, that of a batch of the mean size."""
         examples = self.examples + n
         share = _lighter(decay, n, examples / (self.observations + 1))
         weight = min(1 - n / examples, share) if self.ready else 0.0
         stats = approximation.merge(self.stats if self.ready else None, new, weight)
-        return replace(self, stats=stats, observations=self.observations + 1, examples=examples)
+        inputs = self.inputs if not seen or self.inputs is None else torch.lerp(_norm(seen), self.inputs, weight)
+        return replace(self, stats=stats, observations=self.observations + 1, examples=examples, inputs=inputs)
 
     def correct(
         self,
@@ -249,8 +256,7 @@ class LayerCurvature:
         if self.matrix is not None:
             parts |= {f"matrix.{name}": value for name, value in self.matrix.tensors().items()}
         parts |= {f"inverse.{name}": value for name, value in self.inverse.tensors().items()}
-        if self.turn is not None:
-            parts["turn"] = self.turn
+        parts |= {name: x for name, x in (("turn", self.turn), ("inputs", self.inputs)) if x is not None}
         return parts | {name: getattr(self, name) for name in _COUNTERS} | {"damping": self.damping}
 
     def with_state(self, state: Mapping[str, Any], layer: str, spanning: bool = False) -> Self:
@@ -287,6 +293,7 @@ class LayerCurvature:
         return replace(
             self,
             turn=state.get("turn"),
+            inputs=state.get("inputs"),
             stats={name: statistic.restored(state[f"stats.{name}"]) for name, statistic in self.stats.items()},
             matrix=None if self.matrix is None else self.matrix.with_tensors(tensors("matrix")),
             inverse=inverse,
@@ -294,6 +301,12 @@ class LayerCurvature:
             applied=None,
             **counters,
         )
+
+
+def _norm(seen: Sequence[Capture]) -> Tensor:
+    """The mean of |a|^2 over positions and groups, in float32."""
+    squares = torch.stack([capture.norm_a.sum(-2).mean() for capture in seen])
+    return (squares.sum() / sum(capture.rows for capture in seen)).float()
 
 
 def _lighter(decay: float, n: int, mean: float) -> float:

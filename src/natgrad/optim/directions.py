@@ -76,6 +76,12 @@ class Directions:
         past = torch.stack([self.averages.squares[name][0] for name in self.X])
         return (mean_squares(self.X) / torch.where(past > 0, past, 1.0)).sqrt()
 
+    def inputs(self) -> Tensor:
+        """One number a layer: the root mean square of |a|, 0 for inputs that nothing is known of."""
+        known = [self.curvature[name].inputs if name in self.curvature else None for name in self.D]
+        none = torch.zeros((), device=self._device)
+        return torch.stack([none if value is None else value for value in known]).sqrt()
+
     @cached_property
     def along(self) -> Tensor:
         """<X, D>, layer by layer, for the D that was first there: finite if all gradients and directions are."""

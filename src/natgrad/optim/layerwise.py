@@ -184,7 +184,7 @@ class Layerwise:
             else:
                 seen = self._seen(name, state, records, shares[name]) if name in shares else []
                 new = pool(approximation.observe(capture) for capture in seen)
-            yield name, state[name].merge(approximation, new, self.decay, n) if new else state[name], seen
+            yield name, state[name].merge(approximation, new, self.decay, n, seen) if new else state[name], seen
 
     def _couples(self, name: str) -> bool:
         """Whether a layer has the approximation itself, and not another one."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _OF_MODEL = ("precise", "trust", "seen", "cap", "reach", "back")
+_HOPELESS = 0.8  # of the agreement that is needed, after half of the comparisons
 _NEAR = 0.001  # the root mean square of the first step: about that of a noisy one
 _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 
@@ -27,12 +28,12 @@ _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 class Automatic(StepSize):
     """Steps of a set length at first; the quadratic model once batches are seen to stand for the loss, while they do.
 
-    *Do they?* The first ``look`` steps are ``noisy`` ones, short and bounded. In the metric of F^-1, where noise is
-    largest, the gradient M of each is compared with the average V of those before: their cosine is 1 where every
-    batch has the gradient of the loss, and near 0 where noise outweighs it. Where the mean over the later half of them
-    is above ``agreement``, ``precise`` takes over; else ``noisy`` stays, and nothing more is measured. Without a
-    likelihood ``noisy`` always stays: the empirical Fisher is no curvature of the loss, and a model of it depends on
-    the unit of the loss.
+    *Do they?* The first ``look`` steps are ``noisy`` ones and short, up to half of their length. In the metric of F^-1,
+    where noise is largest, the gradient M of each is compared with the average V of those before: their cosine is 1
+    where every batch has the gradient of the loss, and near 0 where noise outweighs it. Where the mean over the later
+    half of them is above ``agreement``, ``precise`` takes over; else, or where the earlier half is far below it,
+    ``noisy`` stays, and nothing more is measured. Without a likelihood ``noisy`` always stays: the empirical Fisher is
+    no curvature of the loss, and a model of it depends on the unit of the loss.
 
     *Do they still?* The slope that the next batch finds along the step just taken tells. Trust is that slope along D at
     the old point (<P, M> plus the curvature term of the step, less what the old direction contributed), over the slope
@@ -122,6 +123,9 @@ class Automatic(StepSize):
         """By the policy in use."""
         if not now.memory.get("precise", 0.0):
             decided = self.noisy.decide(now)
+            if "MV" in now.read:  # short steps, so that gradients can be compared
+                short = (now.memory.get("looked", 0.0) + 1) / (2 * self.look)
+                decided = replace(decided, alpha=min(decided.alpha, short))
             return replace(decided, memory={**decided.memory, **self._looked(now)})
         if now.memory.get("moved", 0.0) * now.read["drift"] < now.memory.get("slope", 0.0) and now.lr > 0:
             return self._taken_back(now)
@@ -140,9 +144,12 @@ class Automatic(StepSize):
         if not self._looks(now.memory) or not now.read.get("VV", 0.0) > 0:
             return known
         cosine = now.read["MV"] / max(now.read["MM"] * now.read["VV"], 1e-300) ** 0.5
-        looked, count = looked + 1, looked + 1 - self.look // 2  # at first curvature is young, and steps are large
+        looked, half = looked + 1, self.look // 2
+        count = looked - half if looked > half else looked - half // 2  # of either half; at first curvature is young
         mean = mean + (cosine - mean) / count if count > 0 else mean
-        trusted = looked >= self.look and mean > self.agreement
+        if looked == half and mean < _HOPELESS * self.agreement:
+            looked = float(self.look)
+        trusted = looked == self.look and mean > self.agreement
         return {"looked": looked, "agreement": mean} | ({"precise": 1.0} if trusted else {})
 
     def _taken_back(self, now: Situation) -> Decision:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _STEADY = 3.0  # times the root mean square of X is the longest step; less where X is below a third of rms
 
+_WIDE = 64**0.5  # times rms lr is the most that a step may move an output, as it would with 128 inputs of size 1
+
 
 @dataclass(frozen=True)
 class LayerLength(StepSize):
@@ -33,6 +35,9 @@ class LayerLength(StepSize):
     comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 3 |X| / |M|. Else a
     network that has learnt all labels by heart would walk about at random.
 
+    It is shorter, too, where inputs are many and large: a step of that length moves outputs by rms lr |a|, |a|^2 the
+    mean squared norm of the inputs, if they have nothing to do with each other; that is at most rms lr 128^(1/2).
+
     No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from: as a rule that
     is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the
     bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
@@ -46,7 +51,7 @@ class LayerLength(StepSize):
     rms: float = 0.2
     momentum: float = 0.95
     norm: Geometry = SpectralDescent()
-    warm_up: int = 20
+    warm_up: int = 5
     settle: float | None = 200.0
 
     chooses_momentum = True
@@ -74,7 +79,8 @@ class LayerLength(StepSize):
             counts = [float(D.numel()) for D in directions.D.values()]
             means = sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
         tiny = torch.finfo(means.dtype).tiny
-        wanted = (_STEADY * directions.steadiness()).clamp(max=self.rms)
+        widest = _WIDE * self.rms / directions.inputs()
+        wanted = torch.minimum(_STEADY * directions.steadiness(), widest).clamp(max=self.rms)
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
@@ -88,7 +94,7 @@ class LayerLength(StepSize):
     def decide(self, now: Situation) -> Decision:
         """alpha = 1, or what is left of it without a schedule."""
         settled = now.memory.get("settled", 0.0)
-        warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         alpha = 1.0 if self.settle is None else (1 + settled / self.settle) ** -0.5
+        warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         memory = {"warmed": warmed, "settled": settled + (not now.scheduled)}
         return Decision(alpha * warmed / self.warm_up, 0.0, memory=memory)
