@@ -128,7 +128,7 @@ def test_costs_are_those_of_the_formulas(groups: tuple[int, ...]) -> None:
     assert layer.shape == (*groups, out, width)
     found = cost(KFAC(), layer)
     assert found is not None and found.structure == "Kronecker"
-    assert (found.step, found.memory) == (product, 8 * blocks * 2 * (out**2 + width**2))
+    assert (found.step, found.memory) == (product, 8 * blocks * 2 * (out**2 + width**2) + 4)  # and the size of inputs
     assert found.refresh == pytest.approx(cubes, abs=blocks)
     found = cost(EKFAC(), layer)
     assert found is not None and (found.step, found.refresh) == (2 * product, 9 * cubes)

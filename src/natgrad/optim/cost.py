@@ -62,7 +62,9 @@ def cost(
         return None
     kept = [*inverse.tensors().values(), *(matrix.tensors().values() if approximation.keeps else ())]
     kept += [] if turn is None else [turn]
-    memory = size([*(statistic.value for statistic in stats.values()), *kept])
+    memory = size(
+        [*(statistic.value for statistic in stats.values()), *kept, torch.zeros((), dtype=torch.float32, device="meta")]
+    )
     return Cost(type(matrix).__name__, memory, plain + round((turning - plain) / serves), refresh)
 
 

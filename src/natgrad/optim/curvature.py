@@ -92,7 +92,7 @@ class LayerCurvature:
         matrix = None if blank.matrix is None else blank.matrix.with_tensors(zeros(blank.matrix.tensors()))
         inverse = blank.inverse.with_tensors(zeros(blank.inverse.tensors()))
         turn = None if blank.turn is None else torch.zeros_like(blank.turn, device=layer.weight.device)
-        inputs = torch.zeros((), device=layer.weight.device)
+        inputs = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
         return replace(blank, stats=stats, matrix=matrix, inverse=inverse, turn=turn, inputs=inputs)
 
     @classmethod
@@ -103,7 +103,7 @@ class LayerCurvature:
         *groups, out, width = inverse.shape
         like, side = next(iter(inverse.tensors().values())), min(out, width)
         turn = like.new_zeros(*groups, side, side) if kind == ROOT else None
-        kept, inputs = matrix if approximation.keeps else None, torch.zeros((), device=like.device)
+        kept, inputs = matrix if approximation.keeps else None, torch.zeros((), dtype=torch.float32, device=like.device)
         return cls(stats, kept, inverse, kind=kind, turn=turn, inputs=inputs)
 
     @property
@@ -135,7 +135,10 @@ class LayerCurvature:
         share = _lighter(decay, n, examples / (self.observations + 1))
         weight = min(1 - n / examples, share) if self.ready else 0.0
         stats = approximation.merge(self.stats if self.ready else None, new, weight)
-        inputs = self.inputs if not seen or self.inputs is None else torch.lerp(_norm(seen), self.inputs, weight)
+        inputs = self.inputs
+        if seen and inputs is not None:
+            now = _norm(seen)
+            inputs = torch.lerp(now, inputs.to(now), weight)
         return replace(self, stats=stats, observations=self.observations + 1, examples=examples, inputs=inputs)
 
     def correct(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _STEADY = 3.0  # times the root mean square of X is the longest step; less where X is below a third of rms
 
-_WIDE = 64**0.5  # times rms lr is the most that a step may move an output, as it would with 128 inputs of size 1
+_WIDE = 64**0.5  # times rms lr: the most that a step moves an output
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class LayerLength(StepSize):
     comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 3 |X| / |M|. Else a
     network that has learnt all labels by heart would walk about at random.
 
-    It is shorter, too, where inputs are many and large: a step of that length moves outputs by rms lr |a|, |a|^2 the
-    mean squared norm of the inputs, if they have nothing to do with each other; that is at most rms lr 128^(1/2).
+    It is shorter, too, where inputs are many: a step of that length moves outputs by rms lr |a|, |a|^2 the mean squared
+    norm of the inputs, if they have nothing to do with each other, and that is at most 8 rms lr, as with 64 inputs of
+    size 1. Inputs larger than that count as 1 each.
 
-    No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from: as a rule that
-    is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the
-    bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
+    No layer goes beyond its part, one of as many as there are layers, of the way to the minimum of its own quadratic
+    model along D, by the Fisher that D comes from: all layers move at once. As a rule that is 10 to 1,000 times
+    further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the bound moves with it.
+    The empirical Fisher of a loss without a likelihood bounds nothing.)
 
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
     as (1 + steps / settle)^(-1/2), which lets noise die out and never ends the training; ``settle=None`` for none of
@@ -84,7 +86,8 @@ class LayerLength(StepSize):
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
-            lengths = torch.minimum(lengths, directions.newton().clamp(min=0) / self.lr)
+            longest = directions.newton().clamp(min=0) / len(directions.D)
+            lengths = torch.minimum(lengths, longest / self.lr)
         return directions.scaled(lengths)
 
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
