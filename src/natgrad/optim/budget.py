@@ -137,7 +137,7 @@ class Budget:
 
     def _plan(self, loads: Mapping[str, Load], whole: float, enough: float, stretch: float) -> Plan:
         """The plan whose periods are ``stretch`` times the root, at least the densest."""
-        cadence, turns = self.cadence, {}
+        cadence, turns, serves = self.cadence, {}, self._serves(loads, whole)
         for name, load in loads.items():
             full = Share(cadence.fraction) if self.given & {"observe", "fraction"} else load.share(enough)
             observe = (load.observe * full.fraction / full.stride + load.fixed) / whole
@@ -150,18 +150,19 @@ class Budget:
                     ("refresh", cadence.refresh_every, refresh),
                 )
             )
-            turns[name] = Turn(full, seen, renewed, observe, refresh, self._serves(load, loads, whole))
+            turns[name] = Turn(full, seen, renewed, observe, refresh, serves[name])
         base = min((turn.observe_every for turn in turns.values()), default=1)
         turns = {n: _multiple(turn, base) for n, turn in turns.items()}
         return Plan(self, turns, sum(load.see for load in loads.values()) / whole if loads else 0.0)
 
-    def _serves(self, load: Load, loads: Mapping[str, Load], whole: float) -> int:
-        """1 where turning its root takes its share of the layer's part of a step at most, else as it fits over all."""
+    def _serves(self, loads: Mapping[str, Load], whole: float) -> dict[str, int]:
+        """1 where turning a root takes its share of the layer's part of a step at most, else what the rest pays for."""
         share = TURNING * self.overhead
-        if load.turn <= share * load.plain:
-            return 1
-        dear = sum(other.turn for other in loads.values())
-        return min(load.longest, max(1, math.ceil(dear / max(share * whole, 1e-30))))
+        cheap = {name for name, load in loads.items() if load.turn <= share * load.plain}
+        rest = share * whole - sum(loads[name].turn for name in cheap)
+        dear = sum(load.turn for name, load in loads.items() if name not in cheap)
+        steps = max(1, math.ceil(dear / rest)) if rest > 0 else math.inf
+        return {name: 1 if name in cheap else int(min(load.longest, steps)) for name, load in loads.items()}
 
 
 _NEVER = (-1, -1, 0)

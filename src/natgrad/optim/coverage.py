@@ -138,7 +138,7 @@ def report(
     rows = []
     for name, layer in found.layers.items():
         turn = plan.turns.get(name) if plan is not None else None
-        serves = turn.serves if turn is not None else 1
+        serves = turn.serves if turn is not None else 1 if plan is None else geometry.every
         key = (layer.shape, layer.weight.dtype, layer.kind, layer.diagonal, serves)
         chosen = for_layer(approximation, layer.kind)
         if key not in known:

@@ -17,9 +17,11 @@ from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
 from natgrad.matrix import FactorisationError, LinearMap, Matrix
+from natgrad.matrix.factor import is_column
 from natgrad.matrix.whitening import steepest, turned
 from natgrad.optim.cost import Counting
 from natgrad.optim.geometry import INVERSE, ROOT, Frobenius, Geometry, metric
+from natgrad.sparse import SparseCapture
 
 _COUNTERS = (
     "observations",
@@ -51,7 +53,7 @@ class LayerCurvature:
     ``corrections`` counts those in what is measured along the matrix, since it was made where that begins anew.
     ``failures`` counts refreshes that failed in a row, the first of them at the step ``since``, for the ``reason`` that
     is told; ``retries`` all that were repeated; ``refreshes`` those that succeeded since there is an inverse.
-    ``inputs`` is the mean of |a|^2, the squared norm of what the weight is applied to, 0 before there is one.
+    ``inputs`` is the sum of min(E a_i^2, 1) over what the weight is applied to, 0 before anything was.
     ``wide`` is 1 where statistics and inverse are in float64 since rounding made a refresh fail. ``damping`` is that of
     the inverse, and ``applied`` the inverse in the precision in which it is applied.
     """
@@ -135,10 +137,7 @@ class LayerCurvature:
         share = _lighter(decay, n, examples / (self.observations + 1))
         weight = min(1 - n / examples, share) if self.ready else 0.0
         stats = approximation.merge(self.stats if self.ready else None, new, weight)
-        inputs = self.inputs
-        if seen and inputs is not None:
-            now = _norm(seen)
-            inputs = torch.lerp(now, inputs.to(now), weight)
+        inputs = self.inputs if not seen or self.inputs is None else _inputs(new, seen, self.inputs, weight)
         return replace(self, stats=stats, observations=self.observations + 1, examples=examples, inputs=inputs)
 
     def correct(
@@ -306,10 +305,25 @@ class LayerCurvature:
         )
 
 
-def _norm(seen: Sequence[Capture]) -> Tensor:
-    """The mean of |a|^2 over positions and groups, in float32."""
-    squares = torch.stack([capture.norm_a.sum(-2).mean() for capture in seen])
-    return (squares.sum() / sum(capture.rows for capture in seen)).float()
+def _inputs(new: Stats, seen: Sequence[Capture], old: Tensor, weight: float) -> Tensor:
+    """The moving average of sum_i min(E a_i^2, 1), the mean over groups, in float32; as it was if nothing was seen.
+
+    From the covariance of the inputs where that is taken, which spares patches from being written out.
+    """
+    rows = torch.as_tensor(sum(capture.rows for capture in seen), device=old.device)
+    if "A" in new:
+        A = new["A"].value
+        squares = A.squeeze(-1) if is_column(A) else A.diagonal(dim1=-2, dim2=-1)
+    else:
+        squares = sum(_squares(capture) for capture in seen) / rows.clamp(min=1)
+    now = squares.float().clamp(max=1).sum(-1).mean()
+    return torch.where(rows > 0, torch.lerp(now, old.to(now), weight), old.to(now))
+
+
+def _squares(capture: Capture) -> Tensor:
+    """sum a^2 over positions (*groups, in)."""
+    sparse = isinstance(capture, SparseCapture)
+    return capture.moment_a().squeeze(-1) if sparse else capture.flat_a.square().sum(-2)
 
 
 def _lighter(decay: float, n: int, mean: float) -> float:

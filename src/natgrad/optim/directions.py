@@ -77,11 +77,10 @@ class Directions:
         return (mean_squares(self.X) / torch.where(past > 0, past, 1.0)).sqrt()
 
     def inputs(self) -> Tensor:
-        """One number a layer: the root mean square of |a|, an input of more than 1 counted as 1; 0 if not known."""
+        """One number a layer: the root mean square of |a|, an input larger than 1 counted as 1; 0 if not known."""
         known = [self.curvature[name].inputs if name in self.curvature else None for name in self.D]
         none = torch.zeros((), dtype=torch.float32, device=self._device)
-        squares = torch.stack([none if value is None else value for value in known])
-        return torch.minimum(squares, squares.new_tensor([D.shape[-1] for D in self.D.values()])).sqrt()
+        return torch.stack([none if value is None else value for value in known]).sqrt()
 
     @cached_property
     def along(self) -> Tensor:

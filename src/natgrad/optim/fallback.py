@@ -23,7 +23,7 @@ def without_samples(policy: StepSize, memory: Memory) -> Memory:
     instead = policy.unobserved(memory)
     if instead is None:
         raise RuntimeError(f"{why}; call model.train() before it, or use KLLimit() as step_size")
-    warnings.warn(f"{why}: this step, and some after it, are of a set length", stacklevel=6)
+    warnings.warn(f"{why}: this step, and some after it, are of a set length", stacklevel=8)
     return dict(instead)
 
 

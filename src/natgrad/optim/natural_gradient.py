@@ -162,9 +162,8 @@ class NaturalGradient(torch.optim.Optimizer):
         fast = Precision.measured(precision, self._expected.layers.values())
         self.step_size, self.damping = step_size, as_damping(damping)
         self._curvature = Layerwise(approximation, {}, decay, weight_sharing, fast, self.damping)
-        free = overhead is None or math.isinf(overhead) or approximation.together or given >= {"observe", "refresh"}
-        budget = None if free or overhead is None else Budget(overhead, cadence, given)
         unlimited = overhead is None or math.isinf(overhead)
+        budget = None if unlimited or overhead is None or approximation.together else Budget(overhead, cadence, given)
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical", unlimited)
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
@@ -304,7 +303,13 @@ class NaturalGradient(torch.optim.Optimizer):
         records = self._engine.take()
         self._learn_layers()
         write_out(self._engine.inventory.parameters.values())
-        return self._propose(records)
+        before, proposal = (self._clock["memory"], self._curvature, self._schedule.geometry), None
+        try:
+            proposal = self._propose(records)
+        finally:
+            if proposal is None:
+                self._clock["memory"], self._curvature, self._schedule.geometry = before
+        return proposal
 
     def _conclude(self, proposal: Proposal | None) -> None:
         """Take the step, or skip it, and be ready for the next one."""
@@ -358,7 +363,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _do_without_samples(self) -> None:
         """Hand over to what needs none, where layers have gradients; ``RuntimeError`` where the policy cannot."""
         layers = self._curvature.layers
-        if any(c.refreshed and name in layers and layers[name].has_gradient for name, c in self._now.items()):
+        if any(c.ready and name in layers and layers[name].has_gradient for name, c in self._now.items()):
             self._clock["memory"] = without_samples(self.step_size, self._clock["memory"])
             self._choose_geometry()
 

@@ -39,8 +39,8 @@ class LayerLength(StepSize):
     norm of the inputs, if they have nothing to do with each other, and that is at most 8 rms lr, as with 64 inputs of
     size 1. Inputs larger than that count as 1 each.
 
-    No layer goes beyond its part, one of as many as there are layers, of the way to the minimum of its own quadratic
-    model along D, by the Fisher that D comes from: all layers move at once. As a rule that is 10 to 1,000 times
+    No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from, and where that
+    bounds several, each goes its part of the way, as they move at once. As a rule that minimum is 10 to 1,000 times
     further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the bound moves with it.
     The empirical Fisher of a loss without a likelihood bounds nothing.)
 
@@ -86,8 +86,8 @@ class LayerLength(StepSize):
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
-            longest = directions.newton().clamp(min=0) / len(directions.D)
-            lengths = torch.minimum(lengths, longest / self.lr)
+            longest = directions.newton().clamp(min=0) / self.lr
+            lengths = torch.minimum(lengths, longest / (longest < lengths).sum().clamp(min=1))
         return directions.scaled(lengths)
 
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
