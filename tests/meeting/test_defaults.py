@@ -177,6 +177,7 @@ def test_the_defaults_never_explode_and_end_no_worse_than_untuned_adamw(name: st
     losses = trained(row, lambda model: NaturalGradient(model, likelihood=row["likelihood"]))
     adamw = trained(row, lambda model: torch.optim.AdamW(model.parameters()))
     assert all(math.isfinite(loss) for loss in losses) and max(losses) < 3 * losses[0]
-    ours, theirs = (sum(curve[-LAST:]) / LAST for curve in (losses, adamw))
-    assert ours < losses[0]
+    last = LAST if "seeds" in row else 1
+    ours, theirs = (sum(curve[-last:]) / last for curve in (losses, adamw))
+    assert losses[-1] < losses[0]
     assert ours <= max(theirs, row.get("enough", 0.0) * losses[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -261,3 +263,35 @@ def test_the_placeholder_of_a_large_layer_has_the_names_and_shapes_of_its_curvat
         n: v.shape for n, v in real.items() if isinstance(v, torch.Tensor)
     }
     assert blank.keys() == real.keys()
+
+
+def test_roots_are_turned_at_every_step_where_it_is_cheap_and_else_as_the_rest_of_their_share_pays() -> None:
+    small = Load(plain=1.0, see=0.0, observe=0.0, refresh=0.0, turn=0.1, longest=10)
+    large = replace(small, turn=5.0)
+    loads = {"a": small, "b": small, "c": large, "d": replace(large, turn=2.0, plain=5.0)}
+    serves = {name: turn.serves for name, turn in Budget(0.1, Cadence()).plan(loads).turns.items()}
+    share = 0.2 * 8.0 - 0.2  # what is left of twice the overhead
+    assert serves == {"a": 1, "b": 1, "c": math.ceil(7.0 / share), "d": math.ceil(7.0 / share)}
+    dear = {name: replace(large, turn=1e3) for name in "ab"}
+    assert {turn.serves for turn in Budget(0.1, Cadence()).plan(dear).turns.values()} == {10}
+
+
+@pytest.mark.parametrize("settings", [{}, {"observe_every": 4, "refresh_every": 10}])
+def test_what_turns_a_root_serves_its_steps_and_a_resumed_run_equals_an_unbroken_one(settings: Any) -> None:
+    def begin() -> tuple[nn.Module, NaturalGradient]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 3))
+        return model, NaturalGradient(model, likelihood=Categorical(), **settings)
+
+    batches = [batch(seed) for seed in range(28)]
+    model, optimizer = begin()
+    train(model, optimizer, batches[:17])
+    plan = optimizer._plan
+    assert plan is not None and plan.turns["2"].serves > 1 and "turned every" in repr(optimizer)
+    other, resumed = begin()
+    train(other, resumed, batches[:1])
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, batches[17:])
+    train(other, resumed, batches[17:])
+    assert same(values(model), values(other))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import backward, batch, network, noise, optimizer_of, same, train, values, weights
 
-from natgrad import Automatic, Categorical, Constant, KLLimit
+from natgrad import EKFAC, KFAC, TKFAC, Automatic, Categorical, Constant, KLLimit, NaturalGradient
 from natgrad.scale import ENOUGH
 from oracles import assert_equal
 
@@ -313,3 +313,36 @@ def test_the_default_goes_on_with_set_lengths_where_a_pass_was_not_observed() ->
     model.train()
     train(model, optimizer, BATCHES[:3])
     assert optimizer.statistics()["precise"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*of a set length", "ignore:step .* skipped")
+def test_a_skipped_step_without_an_observed_pass_leaves_the_policy_as_it_was() -> None:
+    model = network().double()
+    optimizer = optimizer_of(model, step_size=Automatic(look=1, agreement=0.0))
+    train(model, optimizer, BATCHES[:3])
+    before = copy.deepcopy(optimizer.param_groups[0]["clock"]["memory"])
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert optimizer.statistics()["skipped"] == 1
+    assert optimizer.param_groups[0]["clock"]["memory"] == before
+
+
+@pytest.mark.parametrize("approximation", [KFAC(), TKFAC(), EKFAC()], ids=lambda a: type(a).__name__)
+def test_a_batch_in_which_no_term_counts_leaves_the_size_of_inputs_alone(approximation: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = NaturalGradient(
+        model, approximation, likelihood=Categorical(ignore_index=-100), observe_every=1, overhead=None
+    )
+    for step in range(6):
+        x, y = torch.randn(16, 4, 8), torch.randint(3, (16, 4))
+        if step in (0, 3):
+            y[:] = -100
+        optimizer.zero_grad()
+        optimizer.targets(y)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum", ignore_index=-100)
+        loss.backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+    inputs = optimizer._now["0"].inputs
+    assert inputs is not None and 4 < float(inputs) < 9

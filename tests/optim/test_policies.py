@@ -23,6 +23,7 @@ from natgrad import (
     Constant,
     ExactQuadraticModel,
     KLLimit,
+    LayerLength,
     LevenbergMarquardt,
     NaturalGradient,
     QuadraticModel,
@@ -210,12 +211,14 @@ def test_the_trust_region_opens_while_promises_are_kept_and_closes_where_they_ar
         assert decided.memory["trust"] == pytest.approx(trust)
 
 
-def test_below_the_threshold_of_trust_the_noisy_policy_is_back_for_good() -> None:
+def test_below_the_threshold_of_trust_the_noisy_policy_is_back() -> None:
     policy = Automatic(threshold=0.9)
     memory = {**STEP, "trust": 0.5, "promise": 1.0, "known": 0.0, "bend": 0.0, "settled": 7.0}
     read = {"slope": 1.0, "drift": 0.1, **LIKE_D}
     assert not policy.decide(Situation(read, memory={**memory, "seen": 5.0})).restart
-    decided = policy.decide(Situation(read, memory=memory))
+    long = policy.decide(Situation(read, memory={**memory, "seen": 30.0}))
+    assert long.restart and long.memory == {"settled": 7.0}  # it looks again
+    decided = policy.decide(Situation(read, memory={**memory, "seen": 20.0}))
     assert decided.restart
     assert decided.memory == {"settled": 7.0, "looked": 10.0}
     assert not policy.needs_samples(decided.memory)
@@ -250,6 +253,41 @@ def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, pre
     assert policy.needs_samples(memory) is precise
     assert policy.unit(memory) == pytest.approx(50.0 if precise else 1.0)
     assert policy.averages(memory) == (None if precise else 0.95)
+
+
+@pytest.mark.parametrize(("cosine", "looked"), [(0.5, 10.0), (0.7, 5.0)])
+def test_the_look_is_over_early_and_steps_are_long_where_gradients_have_nothing_in_common(
+    cosine: float, looked: float
+) -> None:
+    memory: dict[str, float] = {}
+    alphas = []
+    for step in range(6):
+        read = {} if memory.get("looked") == 10 else {"MV": 6 * cosine, "MM": 4.0, "VV": 9.0 if step else 0.0}
+        decided = Automatic(noisy=LayerLength(settle=None)).decide(Situation(read, lr=0.02, memory=memory))
+        memory = dict(decided.memory)
+        alphas.append(decided.alpha)
+    assert memory["looked"] == looked and memory["agreement"] == pytest.approx(cosine)
+    assert alphas[:5] == pytest.approx([0.05, 0.05, 0.1, 0.15, 0.2])
+    decided = Automatic(noisy=LayerLength(settle=None)).decide(Situation({}, lr=0.02, memory=memory))
+    assert decided.alpha == 1.0
+
+
+def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
+    moved = {}
+    for width in (16, 1024):
+        model = nn.Linear(width, 8)
+        optimizer = NaturalGradient(
+            model, likelihood=Categorical(), step_size=LayerLength(warm_up=1, settle=None), overhead=None
+        )
+        before = model.weight.detach().clone()
+        x = torch.randn(64, width).clamp(-1, 1).sign()
+        train(model, optimizer, [(x, torch.arange(64) % 8)])
+        block = torch.cat([model.weight - before, model.bias.detach()[:, None] * 0], 1)
+        moved[width] = float(block.detach().square().mean()) ** 0.5
+        inputs = optimizer._now[""].inputs
+        assert inputs is not None and float(inputs) == pytest.approx(width + 1)
+    assert moved[16] == pytest.approx(0.2 * 0.02, rel=0.1)
+    assert moved[1024] == pytest.approx(0.2 * 0.02 * (64 / 1025) ** 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.5])

@@ -127,11 +127,11 @@ class Budget:
         plan = self._plan(loads, whole, ENOUGH[1], 0.0)
         spare = max(self.overhead - plan.rate(self.given), self.overhead / 2)
         low, high = 0.0, 1.0
-        while self._plan(loads, whole, ENOUGH[1], high).rate(_PAID - self.given) > spare:
+        while self._plan(loads, whole, ENOUGH[1], high).rate(PERIODS - self.given) > spare:
             low, high = high, 2 * high
         for _ in range(20):
             middle = (low + high) / 2
-            fits = self._plan(loads, whole, ENOUGH[1], middle).rate(_PAID - self.given) <= spare
+            fits = self._plan(loads, whole, ENOUGH[1], middle).rate(PERIODS - self.given) <= spare
             low, high = (low, middle) if fits else (middle, high)
         return self._plan(loads, whole, ENOUGH[1], high)
 
@@ -166,7 +166,7 @@ class Budget:
 
 
 _NEVER = (-1, -1, 0)
-_PAID = frozenset({"observe", "refresh"})
+PERIODS = frozenset({"observe", "refresh"})
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Plan:
     def __str__(self) -> str:
         return f"curvature takes {100 * self.rate():.3g} % of a training step, by counted flops" if self.turns else ""
 
-    def rate(self, kinds: frozenset[str] = _PAID) -> float:
+    def rate(self, kinds: frozenset[str] = PERIODS) -> float:
         """What observing and refreshing cost on average, in plain steps a step."""
         seen = min((turn.observe_every for turn in self.turns.values()), default=1)
         observing = self.seeing / seen + sum(turn.observe / turn.observe_every for turn in self.turns.values())

@@ -27,7 +27,7 @@ _FROBENIUS = Frobenius()
 class Cost:
     """The ``structure`` of a layer's matrix, the ``memory`` of its curvature in bytes, and floating-point operations.
 
-    ``step``: of what gives the direction; ``refresh``: of a new matrix and its inverse, or root.
+    ``step``: of what gives the direction, turning a root; ``refresh``: of a new matrix and its inverse, or root.
     """
 
     structure: str
@@ -36,17 +36,11 @@ class Cost:
     refresh: int
 
 
-def cost(
-    approximation: Approximation,
-    layer: Layer,
-    examples: int = 1,
-    geometry: Geometry = _FROBENIUS,
-    serves: int = 1,
-) -> Cost | None:
+def cost(approximation: Approximation, layer: Layer, examples: int = 1, geometry: Geometry = _FROBENIUS) -> Cost | None:
     """The cost on a layer under a geometry; ``None`` if what is done depends on the data.
 
     Products and factorisations count, elementwise operations do not. Of a method that keeps samples the figures are for
-    a batch of ``examples``, with one position each. What turns a root ``serves`` so many steps.
+    a batch of ``examples``, with one position each.
     """
     seen = layer.blank(examples, torch.device("cpu"))
     stats = approximation.merge(None, approximation.observe(seen), 0.0)
@@ -57,7 +51,7 @@ def cost(
             matrix = approximation.assemble(stats)
             inverse, kind = geometry.prepare(approximation, matrix, 1.0)
             refresh = counting.flops
-            plain, turning, turn = _steps(counting, inverse, kind, M, geometry)
+            _, step, turn = _steps(counting, inverse, kind, M, geometry)
     except (NotImplementedError, RuntimeError):
         return None
     kept = [*inverse.tensors().values(), *(matrix.tensors().values() if approximation.keeps else ())]
@@ -65,7 +59,7 @@ def cost(
     memory = size(
         [*(statistic.value for statistic in stats.values()), *kept, torch.zeros((), dtype=torch.float32, device="meta")]
     )
-    return Cost(type(matrix).__name__, memory, plain + round((turning - plain) / serves), refresh)
+    return Cost(type(matrix).__name__, memory, step, refresh)
 
 
 def _steps(

@@ -137,14 +137,13 @@ def report(
     known: dict[object, Cost | None] = {}
     rows = []
     for name, layer in found.layers.items():
-        turn = plan.turns.get(name) if plan is not None else None
-        serves = turn.serves if turn is not None else 1 if plan is None else geometry.every
-        key = (layer.shape, layer.weight.dtype, layer.kind, layer.diagonal, serves)
+        key = (layer.shape, layer.weight.dtype, layer.kind, layer.diagonal)
         chosen = for_layer(approximation, layer.kind)
         if key not in known:
-            known[key] = cost(chosen, layer, examples, geometry, serves)
+            known[key] = cost(chosen, layer, examples, geometry)
         row = row_of(model, layer, known[key], _structure(layer, approximation))
         row = row if curvature is None else _as_it_stands(row, curvature.get(name))
+        turn = plan.turns.get(name) if plan is not None else None
         rows.append(row if turn is None else replace(row, why=f"{row.why}; {turn}"))
     return replace(complete(model, found, rows, "AdamW", matrices, others), planned=str(plan or ""))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from natgrad.fishers import Approximation, for_layer
 from natgrad.layers import Layer
-from natgrad.optim.budget import Account, Budget, Load, Plan
+from natgrad.optim.budget import PERIODS, Account, Budget, Load, Plan
 from natgrad.optim.cadence import Cadence, Due
 from natgrad.optim.cost import work
 from natgrad.optim.geometry import Frobenius, Geometry
@@ -72,7 +72,7 @@ class Schedule:
     def due(self, account: Account, layers: Mapping[str, Layer], step: int, free: bool) -> Due:
         """What is due at a step."""
         plan = self.plan(account, layers, free)
-        if plan is None:
+        if plan is None or plan.budget.given >= PERIODS:
             return self.cadence.due(step, layers)
         known = self._due[0]
         if not known or known[0] is not account or known[1] is not plan or known[2] != step:
@@ -103,7 +103,7 @@ class Schedule:
     ) -> Account:
         """The account after a step that led from one state to another, and had a pass or not."""
         plan = self.plan(account, layers, free)
-        if plan is None or before is after:
+        if plan is None or before is after or plan.budget.given >= PERIODS:
             return account
         due = self.due(account, layers, step, free)
         pairs = [(name, before.layers.get(name), c) for name, c in after.items()]

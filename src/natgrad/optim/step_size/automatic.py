@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _OF_MODEL = ("precise", "trust", "seen", "cap", "reach", "back")
 _HOPELESS = 0.8  # of the agreement that is needed, after half of the comparisons
+_LONG = 3.0  # times patience: a model trusted for so long may come back
 _NEAR = 0.001  # the root mean square of the first step: about that of a noisy one
 _LAST_STEP = ("moved", "slope", "last", "promise", "known", "bend")
 
@@ -38,7 +39,8 @@ class Automatic(StepSize):
     *Do they still?* The slope that the next batch finds along the step just taken tells. Trust is that slope along D at
     the old point (<P, M> plus the curvature term of the step, less what the old direction contributed), over the slope
     <D, M> that the batch itself claimed, as a moving average that starts at 1; it stays there without noise. Where it
-    is below ``threshold`` after ``patience`` comparisons, ``noisy`` is back for good.
+    is below ``threshold`` after ``patience`` comparisons, ``noisy`` is back: for good, or if trust has held for three
+    times ``patience``, with another look.
 
     *Does the model reach too far?* Its KL limit is a trust region: it starts at a quarter, doubles after a step that
     kept a quarter of its promise, and shrinks after one that did not. Where probabilities can saturate, so that samples
@@ -132,7 +134,8 @@ class Automatic(StepSize):
         memory = self._judged(now)
         decided = _within(memory["reach"], replace(self.precise, limit=memory["cap"]).decide(now), now)
         if memory["trust"] < self.threshold and memory["seen"] >= self.patience:
-            kept = {name: value for name, value in self.idle(memory).items() if name not in _OF_MODEL}
+            again = ("looked",) if memory["seen"] >= _LONG * self.patience else ()
+            kept = {name: value for name, value in self.idle(memory).items() if name not in (*_OF_MODEL, *again)}
             return replace(decided, memory=kept, restart=True)
         last = self._promised(now, decided) if now.lr else {}  # a step of length 0 shows nothing
         return replace(decided, memory={**self.idle(memory), **last})

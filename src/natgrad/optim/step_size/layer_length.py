@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _STEADY = 3.0  # times the root mean square of X is the longest step; less where X is below a third of rms
 
+_NEAR = 0.1  # of its length, where a layer's minimum is so near that others count
 _WIDE = 64**0.5  # times rms lr: the most that a step moves an output
 
 
@@ -39,10 +40,10 @@ class LayerLength(StepSize):
     norm of the inputs, if they have nothing to do with each other, and that is at most 8 rms lr, as with 64 inputs of
     size 1. Inputs larger than that count as 1 each.
 
-    No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from, and where that
-    bounds several, each goes its part of the way, as they move at once. As a rule that minimum is 10 to 1,000 times
-    further, but where inputs have a scale of 10^6 it is near. (At another lr than the default the bound moves with it.
-    The empirical Fisher of a loss without a likelihood bounds nothing.)
+    No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from. As a rule that
+    is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. Where it is nearer than a tenth of
+    the length for any layer, and bounds k of them, each goes 1/k of the way, as they move at once. (At another lr than
+    the default the bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
 
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
     as (1 + steps / settle)^(-1/2), which lets noise die out and never ends the training; ``settle=None`` for none of
@@ -87,7 +88,8 @@ class LayerLength(StepSize):
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
             longest = directions.newton().clamp(min=0) / self.lr
-            lengths = torch.minimum(lengths, longest / (longest < lengths).sum().clamp(min=1))
+            parts = torch.where((longest < _NEAR * lengths).any(), (longest < lengths).sum(), 1)
+            lengths = torch.minimum(lengths, longest / parts)
         return directions.scaled(lengths)
 
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
