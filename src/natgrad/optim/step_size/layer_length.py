@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _STEADY = 3.0  # times the root mean square of X is the longest step; less where X is below a third of rms
 
-_NEAR = 0.1  # of its length, where a layer's minimum is so near that others count
+_NEAR = 0.02  # of its length, where a layer's minimum is so near that others count
 _WIDE = 64**0.5  # times rms lr: the most that a step moves an output
 
 
