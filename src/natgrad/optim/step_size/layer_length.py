@@ -17,7 +17,7 @@ from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
-_STEADY = 3.0  # times the root mean square of X is the longest step; less where X is below a third of rms
+_STEADY = 1.25  # times |X| / |M| is the longest: at .95, noise alone gives just rms
 
 _NEAR = 0.02  # of its length, where a layer's minimum is so near that others count
 _WIDE = 64**0.5  # times rms lr: the most that a step moves an output
@@ -32,9 +32,10 @@ class LayerLength(StepSize):
     loss, and lr, schedules, warm-up and weight decay mean what they do for AdamW and Muon (``rms`` is that of a step
     of AdamW on noisy gradients; Liu et al., arXiv 2502.16982).
 
-    A step is shorter where gradients have become small, as AdamW's is: where 3 |X| < rms |M|, X the average that D
-    comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 3 |X| / |M|. Else a
-    network that has learnt all labels by heart would walk about at random.
+    A step is shorter where gradients have become small, as AdamW's is: where 1.25 |X| < rms |M|, X the average that D
+    comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 1.25 |X| / |M|. That is
+    where X is less than an average of pure noise, .16 |M|, would be. Else a network that has learnt all labels by heart
+    would walk about at random.
 
     It is shorter, too, where inputs are many: a step of that length moves outputs by rms lr |a|, |a|^2 the mean squared
     norm of the inputs, if they have nothing to do with each other, and that is at most 8 rms lr, as with 64 inputs of
