@@ -277,7 +277,7 @@ def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
     for width in (16, 1024):
         model = nn.Linear(width, 8)
         optimizer = NaturalGradient(
-            model, likelihood=Categorical(), step_size=LayerLength(warm_up=1, settle=None), overhead=None
+            model, likelihood=Categorical(), step_size=LayerLength(momentum=0.0, warm_up=1, settle=None), overhead=None
         )
         before = model.weight.detach().clone()
         x = torch.randn(64, width).clamp(-1, 1).sign()

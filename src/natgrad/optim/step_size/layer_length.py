@@ -17,7 +17,7 @@ from natgrad.optim.step_size.base import Decision, Memory, Situation, StepSize
 if TYPE_CHECKING:
     from natgrad.optim.directions import Directions
 
-_STEADY = 1.25  # times |X| / |M| is the longest: at .95, noise alone gives just rms
+_STEADY = 1.25  # times |X| / |M| is the longest: at .95 noise alone, .17, gives a little more than rms
 
 _NEAR = 0.02  # of its length, where a layer's minimum is so near that others count
 _WIDE = 64**0.5  # times rms lr: the most that a step moves an output
@@ -34,7 +34,7 @@ class LayerLength(StepSize):
 
     A step is shorter where gradients have become small, as AdamW's is: where 1.25 |X| < rms |M|, X the average that D
     comes from and |M| that of the gradients of the last 100 steps, its root mean square is lr 1.25 |X| / |M|. That is
-    where X is less than an average of pure noise, .16 |M|, would be. Else a network that has learnt all labels by heart
+    where X is less than an average of pure noise, .17 |M|, would be. Else a network that has learnt all labels by heart
     would walk about at random.
 
     It is shorter, too, where inputs are many: a step of that length moves outputs by rms lr |a|, |a|^2 the mean squared
@@ -47,7 +47,7 @@ class LayerLength(StepSize):
     the default the bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
 
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
-    as (1 + steps / settle)^(-1/2), which lets noise die out and never ends the training; ``settle=None`` for none of
+    as 1 / (1 + steps / settle), which lets noise die out and never ends the training (its sum has no bound); ``settle=None`` for none of
     that. Steps count here while the learning rate is what it was at first and no torch schedule holds it. Memory: one
     block a layer. Cost: that of ``norm``; nothing more is read.
     """
@@ -56,7 +56,7 @@ class LayerLength(StepSize):
     momentum: float = 0.95
     norm: Geometry = SpectralDescent()
     warm_up: int = 5
-    settle: float | None = 200.0
+    settle: float | None = 400.0
 
     chooses_momentum = True
     lr = 0.02
@@ -100,7 +100,7 @@ class LayerLength(StepSize):
     def decide(self, now: Situation) -> Decision:
         """alpha = 1, or what is left of it without a schedule."""
         settled = now.memory.get("settled", 0.0)
-        alpha = 1.0 if self.settle is None else (1 + settled / self.settle) ** -0.5
+        alpha = 1.0 if self.settle is None else 1 / (1 + settled / self.settle)
         warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         memory = {"warmed": warmed, "settled": settled + (not now.scheduled)}
         return Decision(alpha * warmed / self.warm_up, 0.0, memory=memory)
