@@ -47,9 +47,9 @@ class LayerLength(StepSize):
     the default the bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
 
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
-    as 1 / (1 + steps / settle), which lets noise die out and never ends the training (its sum has no bound); ``settle=None`` for none of
-    that. Steps count here while the learning rate is what it was at first and no torch schedule holds it. Memory: one
-    block a layer. Cost: that of ``norm``; nothing more is read.
+    as 1 / (1 + steps / settle), which lets noise die out and never ends the training, as the sum has no bound;
+    ``settle=None`` for none of that. Steps count here while the learning rate is what it was at first and no torch
+    schedule holds it. Memory: one block a layer. Cost: that of ``norm``; nothing more is read.
     """
 
     rms: float = 0.2
