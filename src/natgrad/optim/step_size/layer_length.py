@@ -42,9 +42,9 @@ class LayerLength(StepSize):
     size 1. Inputs larger than that count as 1 each.
 
     No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from. As a rule that
-    is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. Where it is nearer than a tenth of
-    the length for any layer, and bounds k of them, each goes 1/k of the way, as they move at once. (At another lr than
-    the default the bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
+    is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. Where it is nearer than a fiftieth
+    of the length for any layer, and bounds k of them, each goes 1/k of the way, as they move at once. (At another lr
+    than the default the bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
 
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
     as 1 / (1 + steps / settle), which lets noise die out and never ends the training, as the sum has no bound;
