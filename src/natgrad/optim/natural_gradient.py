@@ -162,9 +162,9 @@ class NaturalGradient(torch.optim.Optimizer):
         fast = Precision.measured(precision, self._expected.layers.values())
         self.step_size, self.damping = step_size, as_damping(damping)
         self._curvature = Layerwise(approximation, {}, decay, weight_sharing, fast, self.damping)
-        unlimited = overhead is None or math.isinf(overhead)
-        budget = None if unlimited or overhead is None or approximation.together else Budget(overhead, cadence, given)
-        self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical", unlimited)
+        free = overhead is None or math.isinf(overhead) or approximation.together
+        budget = None if free or overhead is None else Budget(overhead, cadence, given)
+        self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)

@@ -20,15 +20,13 @@ from natgrad.record import Record
 class Schedule:
     """What is due at a step, for a ``cadence`` or a ``budget``; plans are kept as long as what they follow from.
 
-    ``samples``: whether an observation takes a backward pass of its own; ``unlimited``: whether curvature may cost
-    anything; ``geometry``: what a refresh prepares.
+    ``samples``: whether an observation takes a backward pass of its own; ``geometry``: what a refresh prepares.
     """
 
     approximation: Approximation
     cadence: Cadence
     budget: Budget | None = None
     samples: bool = False
-    unlimited: bool = False
     geometry: Geometry = Frobenius()
 
     def __post_init__(self) -> None:
@@ -81,7 +79,7 @@ class Schedule:
 
     def serves(self, account: Account, layers: Mapping[str, Layer], free: bool) -> dict[str, int]:
         """How many steps what turns a root serves: one without a budget, the longest where costs are not known."""
-        plan, longest = self.plan(account, layers, free), 1 if self.unlimited else self.geometry.every
+        plan, longest = self.plan(account, layers, free), 1 if self.budget is None else self.geometry.every
         turns = {} if plan is None else plan.turns
         return {name: turns[name].serves if name in turns else longest for name in layers}
 
