@@ -71,7 +71,7 @@ class SpectralDescent(Geometry):
     (:func:`~natgrad.matrix.whitening.turned`): what it is made for is an average that changes slowly.
     """
 
-    damping: float = 0.1
+    damping: float = 1.0
     every: int = 10
     iterations: int | None = 3
     sides: Literal["both", "inputs"] = "both"

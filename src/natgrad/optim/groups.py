@@ -46,12 +46,7 @@ def build_groups(
             del left[id(p)]
         groups += _split(chosen, first, {**natural, **settings}, {**DEFAULTS, **adamw, **settings})
     groups += _split(list(left.values()), first, dict(natural), {**DEFAULTS, **adamw})
-    for group in groups:
-        number(f"lr of the {group['rule']} rule", group["lr"], 0)
-        number(f"weight_decay of the {group['rule']} rule", group["weight_decay"], 0)
-        number("momentum", group.get("momentum", 0.0), 0, 1)
-        group["first_lr"] = group["lr"]  # what a schedule's lr is compared with
-    return groups
+    return [_checked(group, adamw) for group in groups]
 
 
 def _split(
@@ -62,6 +57,17 @@ def _split(
         {"params": [p for p in parameters if id(p) in first], "rule": "adamw", **adamw},
     ]
     return [group for group in kinds if group["params"]]
+
+
+def _checked(group: dict[str, Any], adamw: Mapping[str, Any]) -> dict[str, Any]:
+    """The group, and what its learning rates were at first."""
+    number(f"lr of the {group['rule']} rule", group["lr"], 0)
+    number(f"weight_decay of the {group['rule']} rule", group["weight_decay"], 0)
+    number("momentum", group.get("momentum", 0.0), 0, 1)
+    group["first_lr"] = group["lr"]  # what a schedule's lr is compared with
+    if group["rule"] == "natural":
+        group["adamw_lr"] = adamw.get("lr", DEFAULTS["lr"])  # of what has no curvature
+    return group
 
 
 def extended(
@@ -81,11 +87,7 @@ def extended(
     first = {id(p) for p in chosen if inventory.excluded(own[id(p)])}
     settings = {key: value for key, value in group.items() if key != "params"}
     made = _split(chosen, first, {**natural, **settings}, {**adamw, **settings})
-    for one in made:
-        number(f"lr of the {one['rule']} rule", one["lr"], 0)
-        number(f"weight_decay of the {one['rule']} rule", one["weight_decay"], 0)
-        one["first_lr"] = one["lr"]
-    return made
+    return [_checked(one, adamw) for one in made]
 
 
 def within(found: Coverage, model: nn.Module, held: Collection[int]) -> Coverage:
@@ -110,4 +112,4 @@ def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:
 def adamw_settings(group: Mapping[str, Any], adamw: Mapping[str, Any]) -> dict[str, Any]:
     """The AdamW rule for layers of a natural ``group`` that were never seen: its lr follows the group's schedule."""
     share = group["lr"] / group["first_lr"] if group["first_lr"] else float(bool(group["lr"]))
-    return {**adamw, "lr": adamw["lr"] * share}
+    return {**adamw, "lr": group["adamw_lr"] * share}

@@ -18,7 +18,7 @@ from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.masks import Mask
-from natgrad.optim.adamw import DEFAULTS, adamw_step
+from natgrad.optim.adamw import DEFAULTS, FIRST_LR, adamw_step
 from natgrad.optim.averages import Averages
 from natgrad.optim.budget import Account, Budget, Plan, Turn
 from natgrad.optim.cadence import Cadence
@@ -33,6 +33,7 @@ from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
 from natgrad.optim.precision import Precision
+from natgrad.optim.pretrained import is_pretrained
 from natgrad.optim.proposal import (
     Proposal,
     keeping,
@@ -65,7 +66,9 @@ class NaturalGradient(torch.optim.Optimizer):
         likelihood: what the outputs mean; with it F is the true Fisher, without it the empirical one.
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
-        lr: learning rate; default as the policy has it (.02 for ``Automatic``: the length of a step, as for AdamW).
+        lr: learning rate; default as the policy has it (.02 for ``Automatic``: the length of a step, as for AdamW); a
+            twentieth of that, and of the default of the AdamW rule, for steps of a set length on a model whose weights
+            have learnt something before (:func:`~natgrad.optim.pretrained.is_pretrained`).
         step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
@@ -153,7 +156,10 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh_every = getattr(approximation, "refresh_every", 1) if refresh_every is None else refresh_every
         observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
         observe_fraction = 1.0 if observe_fraction is None else observe_fraction
-        lr = step_size.lr if lr is None and isinstance(step_size, StepSize) else lr
+        share = 1.0
+        if lr is None and isinstance(step_size, StepSize):
+            share = step_size.share_of_pretrained if is_pretrained(model) else 1.0
+            lr = share * step_size.lr
         check_settings(locals())
         check_processes()
         self._expected = expected(model, tuple(exclude), wide)
@@ -167,8 +173,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
+        adamw = adamw if adamw is False or share == 1.0 else {"lr": share * FIRST_LR, **(adamw or {})}
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
-        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "bfloat16": dict(fast.chosen)}
+        self.param_groups[0] |= {"clock": new_clock(self.damping.initial, share), "bfloat16": dict(fast.chosen)}
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
         self._learnt: tuple[Any, Any] = ({}, held)
@@ -253,7 +260,8 @@ class NaturalGradient(torch.optim.Optimizer):
         others = [name for name, p in self.model.named_parameters() if id(p) not in held]
         rule, plan, geometry = self._curvature.approximation, self._plan, self._curvature.geometry
         told = report(self.model, found, rule, matrices, self._now, others, plan=plan, geometry=geometry)
-        return str(told)
+        share = self._clock["memory"].get("share", 1.0)
+        return str(told) + (f"\nweights have learnt before: {share:g} of the default lr" if share != 1 else "")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.

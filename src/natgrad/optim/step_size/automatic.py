@@ -31,9 +31,10 @@ class Automatic(StepSize):
 
     *Do they?* The first ``look`` steps are ``noisy`` ones and short, up to half of their length. In the metric of F^-1,
     where noise is largest, the gradient M of each is compared with the average V of those before: their cosine is 1
-    where every batch has the gradient of the loss, and near 0 where noise outweighs it. Where the mean over the later
-    half of them is above ``agreement``, ``precise`` takes over; else, or where the earlier half is far below it,
-    ``noisy`` stays, and nothing more is measured. Without a likelihood ``noisy`` always stays: the empirical Fisher is
+    where every batch has the gradient of the loss, and near 0 where noise outweighs it. Where the mean over the earlier
+    half of them is above ``agreement``, or else that over the later half, ``precise`` takes over; where neither is, or
+    the earlier half is far below it, ``noisy`` stays, and nothing more is measured. (Late steps are long enough to
+    change gradients by themselves.) Without a likelihood ``noisy`` always stays: the empirical Fisher is
     no curvature of the loss, and a model of it depends on the unit of the loss.
 
     *Do they still?* The slope that the next batch finds along the step just taken tells. Trust is that slope along D at
@@ -74,6 +75,11 @@ class Automatic(StepSize):
         return self.noisy.lr
 
     @property
+    def share_of_pretrained(self) -> float:  # type: ignore[override]
+        """That of ``noisy``."""
+        return self.noisy.share_of_pretrained
+
+    @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         """As ``precise``."""
         return self.precise.needs_inputs
@@ -98,7 +104,7 @@ class Automatic(StepSize):
 
     def unit(self, memory: Memory) -> float:
         """1 / lr of ``noisy`` for the model, so that its own lr is 1 by default."""
-        return self.precise.lr / self.noisy.lr if memory.get("precise", 0.0) else 1.0
+        return self.precise.lr / (self.noisy.lr * memory.get("share", 1.0)) if memory.get("precise", 0.0) else 1.0
 
     def prepare(self, directions: Directions, damping: float, memory: Memory) -> Directions:
         """As the policy in use."""
@@ -150,8 +156,8 @@ class Automatic(StepSize):
         looked, half = looked + 1, self.look // 2
         count = looked - half if looked > half else looked - half // 2  # of either half; at first curvature is young
         mean = mean + (cosine - mean) / count if count > 0 else mean
-        if looked == half and mean < _HOPELESS * self.agreement:
-            looked = float(self.look)
+        if looked == half and not _HOPELESS * self.agreement <= mean <= self.agreement:
+            looked = float(self.look)  # it is clear already
         trusted = looked == self.look and mean > self.agreement
         return {"looked": looked, "agreement": mean} | ({"precise": 1.0} if trusted else {})
 

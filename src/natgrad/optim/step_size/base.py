@@ -69,6 +69,7 @@ class StepSize(ABC):
     chooses_momentum = False  # or takes it from the settings
     needs_inputs = False  # whether the model is run again, on its own inputs
     lr = 1.0  # the default learning rate under this policy
+    share_of_pretrained = 1.0  # of that, for a model that is trained further; the memory then has it as its ``share``
 
     def geometry(self, memory: Memory) -> Geometry:
         """In which norm the step is the steepest: by default the natural gradient's."""

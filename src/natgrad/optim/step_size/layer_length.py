@@ -49,7 +49,12 @@ class LayerLength(StepSize):
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
     as 1 / (1 + steps / settle), which lets noise die out and never ends the training, as the sum has no bound;
     ``settle=None`` for none of that. Steps count here while the learning rate is what it was at first and no torch
-    schedule holds it. Memory: one block a layer. Cost: that of ``norm``; nothing more is read.
+    schedule holds it.
+
+    A model that has learnt something before gets a twentieth of the default learning rate: its weights are worth
+    more than random ones, and gradients of what is left to learn are mostly noise.
+
+    Memory: one block a layer. Cost: that of ``norm``; nothing more is read.
     """
 
     rms: float = 0.2
@@ -60,6 +65,7 @@ class LayerLength(StepSize):
 
     chooses_momentum = True
     lr = 0.02
+    share_of_pretrained = 0.05  # as 5e-5, where AdamW fine-tunes by custom, is of its 1e-3
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
@@ -103,4 +109,5 @@ class LayerLength(StepSize):
         alpha = 1.0 if self.settle is None else 1 / (1 + settled / self.settle)
         warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         memory = {"warmed": warmed, "settled": settled + (not now.scheduled)}
+        memory |= {"share": now.memory["share"]} if "share" in now.memory else {}
         return Decision(alpha * warmed / self.warm_up, 0.0, memory=memory)

@@ -1,0 +1,48 @@
+"""Whether the weights of a model have learnt something before: seen by their singular values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_ROWS, _COLUMNS = 256, 1024  # that are looked at, of every weight
+_FEWEST = 8  # rows or columns, of which singular values tell anything
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether most numbers in the weights of a model, frozen ones too, are in weights that are not random.
+
+    An (m, n) matrix with independent entries of mean 0 and standard deviation s has no singular value above
+    s (sqrt(m) + sqrt(n)), however they are distributed (Marchenko and Pastur 1967), but for a share of m^(-2/3), m
+    the smaller side. Orthogonal and constant matrices stay below; training adds larger ones (Martin and Mahoney, arXiv
+    1810.01075). A weight counts as learnt beyond 1 + 2 m^(-2/3) times that, without its mean. Of large ones a part is
+    read, in rows and columns at equal distances: some 5 ms each. Weights without data are not.
+    """
+    read = {name: found for name, p in model.named_parameters() if (found := _is_learnt(p)) is not None}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name in read}
+    return 2 * sum(size for name, size in sizes.items() if read[name]) > sum(sizes.values())
+
+
+@torch.no_grad()
+def _is_learnt(p: nn.Parameter) -> bool | None:
+    """Whether a weight is not random; ``None`` if it cannot be told."""
+    if is_lazy(p) or p.is_meta or p.ndim < 2 or not p.is_floating_point() or p.layout is not torch.strided:
+        return None
+    W = p.detach().flatten(1)
+    if min(W.shape) < _FEWEST:
+        return None
+    W = W if W.shape[0] <= W.shape[1] else W.mT
+    W = _thinned(_thinned(W, 0, _ROWS), 1, _COLUMNS).to(torch.float32)
+    W = W - W.mean()
+    (m, n), size = W.shape, W.square().mean()
+    if not (size > 0 and torch.isfinite(size)):
+        return None
+    top = torch.linalg.eigvalsh(W @ W.mT)[-1]
+    return bool(top > size * ((1 + 2 * m ** (-2 / 3)) * (m**0.5 + n**0.5)) ** 2)
+
+
+def _thinned(X: Tensor, dim: int, most: int) -> Tensor:
+    """At most so many of a dimension, at equal distances."""
+    step = -(-X.shape[dim] // most)
+    return X[::step] if dim == 0 else X[:, ::step]
