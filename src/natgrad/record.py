@@ -235,6 +235,10 @@ class Record:
             return (self.terms if n is None else self.terms[n]).sum()
         return self.terms * (self.examples() if n is None else n.stop - n.start)
 
+    def size(self) -> float:
+        """The number of loss terms, those that are ignored too: known without a wait for the device."""
+        return float(self.terms.numel()) if isinstance(self.terms, Tensor) else self.terms * self.examples()
+
     def check(self) -> None:
         """Raise ``RuntimeError`` if an input has been overwritten since the pass."""
         for name, uses in self.calls.items():

@@ -244,21 +244,18 @@ def test_a_step_of_the_model_is_no_longer_than_its_reach_and_the_reach_follows_i
 
 @pytest.mark.parametrize(("cosine", "precise"), [(0.9, True), (0.7, False)])
 def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, precise: bool) -> None:
-    policy, memory = Automatic(look=3), {"settled": 0.0}
-    for _ in range(3):
-        assert policy.averages(memory) == 0.95
-        read = {"slope": 1.0, "drift": 0.1, "MV": 6 * cosine, "MM": 4.0, "VV": 9.0}
-        memory = dict(policy.decide(Situation(read, lr=0.01, memory=memory)).memory)
+    policy, memory = Automatic(look=1), {"settled": 0.0}
+    assert policy.averages(memory) == 0.95
+    read = {"slope": 1.0, "drift": 0.1, "MV": 6 * cosine, "MM": 4.0, "VV": 9.0}
+    memory = dict(policy.decide(Situation(read, lr=0.01, memory=memory)).memory)
     assert memory["agreement"] == pytest.approx(cosine)
     assert policy.needs_samples(memory) is precise
     assert policy.unit(memory) == pytest.approx(50.0 if precise else 1.0)
     assert policy.averages(memory) == (None if precise else 0.95)
 
 
-@pytest.mark.parametrize(("cosine", "looked"), [(0.5, 10.0), (0.7, 5.0)])
-def test_the_look_is_over_early_and_steps_are_long_where_gradients_have_nothing_in_common(
-    cosine: float, looked: float
-) -> None:
+@pytest.mark.parametrize(("cosine", "looked"), [(0.5, 10.0), (0.7, 5.0), (0.9, 10.0)])
+def test_the_look_is_over_early_where_it_is_clear_and_steps_are_long_then(cosine: float, looked: float) -> None:
     memory: dict[str, float] = {}
     alphas = []
     for step in range(6):
@@ -268,6 +265,9 @@ def test_the_look_is_over_early_and_steps_are_long_where_gradients_have_nothing_
         alphas.append(decided.alpha)
     assert memory["looked"] == looked and memory["agreement"] == pytest.approx(cosine)
     assert alphas[:5] == pytest.approx([0.05, 0.05, 0.1, 0.15, 0.2])
+    assert Automatic().needs_samples(memory) is (cosine > 0.75)
+    if cosine > 0.75:
+        return
     decided = Automatic(noisy=LayerLength(settle=None)).decide(Situation({}, lr=0.02, memory=memory))
     assert decided.alpha == 1.0
 
@@ -277,7 +277,10 @@ def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
     for width in (16, 1024):
         model = nn.Linear(width, 8)
         optimizer = NaturalGradient(
-            model, likelihood=Categorical(), step_size=LayerLength(momentum=0.0, warm_up=1, settle=None), overhead=None
+            model,
+            likelihood=Categorical(),
+            step_size=LayerLength(momentum=0.0, warm_up=1, settle=None, large=None),
+            overhead=None,
         )
         before = model.weight.detach().clone()
         x = torch.randn(64, width).clamp(-1, 1).sign()
@@ -288,6 +291,35 @@ def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
         assert inputs is not None and float(inputs) == pytest.approx(width + 1)
     assert moved[16] == pytest.approx(0.2 * 0.02, rel=0.1)
     assert moved[1024] == pytest.approx(0.2 * 0.02 * (64 / 1025) ** 0.5, rel=0.01)
+
+
+def test_steps_on_small_batches_are_shorter() -> None:
+    def alphas(policy: LayerLength, *terms: float) -> list[float]:
+        memory: dict[str, float] = {"warmed": 5.0}
+        found = []
+        for count in terms:
+            decided = policy.decide(Situation({}, lr=0.02, memory=memory, scheduled=True, terms=count))
+            memory = dict(decided.memory)
+            found.append(decided.alpha)
+        return found
+
+    assert alphas(LayerLength(), 16, 0, 4, 1) == pytest.approx([0.5] * 4)  # the most that a step has had
+    assert alphas(LayerLength(), 1, 256, 512) == pytest.approx([0.25, 1, 1])
+    assert alphas(LayerLength(large=4096), 256) == pytest.approx([0.5])
+    assert alphas(LayerLength(large=None), 16) == [1.0]
+    assert alphas(LayerLength(), 0) == [1.0]
+
+
+@pytest.mark.parametrize(("likelihood", "terms"), [(Categorical(class_dim=-1), 2 * 8 * 5), (None, 0)])
+def test_terms_are_counted_over_positions_and_passes(likelihood: Categorical | None, terms: int) -> None:
+    model = nn.Linear(3, 4)
+    optimizer = NaturalGradient(model, likelihood=likelihood, overhead=None)
+    for _ in range(2):
+        y = model(torch.randn(8, 5, 3))
+        (nn.functional.cross_entropy(y.flatten(0, 1), torch.randint(4, (40,))) / 2).backward()
+    optimizer.step()
+
+    assert optimizer.statistics().get("terms", 0.0) == terms
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.5])

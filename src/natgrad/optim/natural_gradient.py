@@ -363,7 +363,8 @@ class NaturalGradient(torch.optim.Optimizer):
         labels = self._engine.labels
         capacity = 1.0 if labels is None else labels.factor * labels.capacity
         scheduled = any("initial_lr" in g or g["lr"] != g["first_lr"] for g in self._natural)
-        situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled)
+        terms = 0.0 if labels is None else sum(record.size() for record in records)
+        situation = Situation(read, lr, self._momentum, self._clock["memory"], capacity, scheduled, terms)
         idle = Decision(0.0, 0.0, memory=self.step_size.idle(self._clock["memory"]))
         decision = self.step_size.decide(situation) if names else idle
         return Proposal(curvature, directions.D, averages, decision, read.get("drift", 0.0), lr, account)

@@ -30,7 +30,7 @@ class Situation:
 
     ``read`` always has ``slope`` = <D, M> and ``drift`` = <P, M>, M the gradient. ``capacity`` is the largest
     entropy of one loss term in nats, the scale on which a KL divergence is large or small. ``scheduled``: whether a
-    schedule sets the learning rate.
+    schedule sets the learning rate. ``terms``: how many loss terms the step has, 0 where that was not seen.
     """
 
     read: Mapping[str, float]
@@ -39,6 +39,7 @@ class Situation:
     memory: Memory = field(default_factory=dict)
     capacity: float = 1.0
     scheduled: bool = False
+    terms: float = 0.0
 
     def form(self, name: str, alpha: float, mu: float) -> float:
         """(alpha D + mu P)^T X (alpha D + mu P) for the matrix X = ``name``."""

@@ -51,6 +51,9 @@ class LayerLength(StepSize):
     ``settle=None`` for none of that. Steps count here while the learning rate is what it was at first and no torch
     schedule holds it.
 
+    On batches of less than ``large`` loss terms (of a likelihood; the most that a step has had) alpha has a factor
+    (terms / large)^(1/4): the fewer there are, the more of a step is noise. ``large=None`` for none of that.
+
     A model that has learnt something before gets a twentieth of the default learning rate: its weights are worth
     more than random ones, and gradients of what is left to learn are mostly noise.
 
@@ -62,6 +65,7 @@ class LayerLength(StepSize):
     norm: Geometry = SpectralDescent()
     warm_up: int = 5
     settle: float | None = 400.0
+    large: float | None = 256.0
 
     chooses_momentum = True
     lr = 0.02
@@ -69,9 +73,9 @@ class LayerLength(StepSize):
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
-        settles = self.settle is None or self.settle > 0
-        if not (0 < self.rms < math.inf and 0 <= self.momentum < 1 and self.warm_up >= 1 and settles):
-            need = "rms > 0, 0 <= momentum < 1, warm_up >= 1 and settle > 0 or None"
+        positive = all(value is None or value > 0 for value in (self.settle, self.large))
+        if not (0 < self.rms < math.inf and 0 <= self.momentum < 1 and self.warm_up >= 1 and positive):
+            need = "rms > 0, 0 <= momentum < 1, warm_up >= 1, and settle and large > 0 or None"
             raise ValueError(f"need {need}, got {self}")
 
     def geometry(self, memory: Memory) -> Geometry:
@@ -104,10 +108,15 @@ class LayerLength(StepSize):
         return {}
 
     def decide(self, now: Situation) -> Decision:
-        """alpha = 1, or what is left of it without a schedule."""
+        """alpha = 1, or what is left of it: while curvature is young, on small batches, without a schedule."""
         settled = now.memory.get("settled", 0.0)
-        alpha = 1.0 if self.settle is None else 1 / (1 + settled / self.settle)
         warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
-        memory = {"warmed": warmed, "settled": settled + (not now.scheduled)}
+        terms = max(now.memory.get("terms", 0.0), now.terms)
+        alpha = warmed / self.warm_up
+        if self.settle is not None:
+            alpha /= 1 + settled / self.settle
+        if self.large is not None and terms:
+            alpha *= min(1.0, (terms / self.large) ** 0.25)
+        memory = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms}
         memory |= {"share": now.memory["share"]} if "share" in now.memory else {}
-        return Decision(alpha * warmed / self.warm_up, 0.0, memory=memory)
+        return Decision(alpha, 0.0, memory=memory)
