@@ -158,7 +158,8 @@ class NaturalGradient(torch.optim.Optimizer):
         observe_fraction = 1.0 if observe_fraction is None else observe_fraction
         share = 1.0
         if lr is None and isinstance(step_size, StepSize):
-            share = step_size.share_of_pretrained if is_pretrained(model) else 1.0
+            learnt = isinstance(model, nn.Module) and is_pretrained(model)
+            share = step_size.share_of_pretrained if learnt else 1.0
             lr = share * step_size.lr
         check_settings(locals())
         check_processes()
