@@ -91,7 +91,8 @@ def test_weights_without_data_tell_nothing() -> None:
 
 
 def test_the_defaults_of_both_rules_are_a_twentieth() -> None:
-    optimizer = NaturalGradient(learnt(32, 32, 16), likelihood=Categorical(), exclude=["0"])
+    with pytest.warns(UserWarning, match="learnt something before: lr is 0.001"):
+        optimizer = NaturalGradient(learnt(32, 32, 16), likelihood=Categorical(), exclude=["0"])
     natural, adamw = optimizer.param_groups
 
     assert natural["lr"] == pytest.approx(0.001)
@@ -99,6 +100,7 @@ def test_the_defaults_of_both_rules_are_a_twentieth() -> None:
     assert "learnt before: 0.05 of the default lr" in str(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:the weights of this model have learnt")
 def test_what_is_given_holds() -> None:
     model = learnt(32, 32, 16)
     given = NaturalGradient(model, likelihood=Categorical(), lr=0.01, exclude=["0"])
@@ -119,6 +121,7 @@ def steps(model: nn.Module, optimizer: NaturalGradient, count: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:the weights of this model have learnt")
 def test_a_resumed_run_keeps_its_share_whatever_the_model_is_at_the_restart() -> None:
     model = learnt(32, 32, 16)
     optimizer = NaturalGradient(model, likelihood=Categorical(), exclude=["0"])

@@ -33,7 +33,7 @@ from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
 from natgrad.optim.precision import Precision
-from natgrad.optim.pretrained import is_pretrained
+from natgrad.optim.pretrained import share_of
 from natgrad.optim.proposal import (
     Proposal,
     keeping,
@@ -158,8 +158,7 @@ class NaturalGradient(torch.optim.Optimizer):
         observe_fraction = 1.0 if observe_fraction is None else observe_fraction
         share = 1.0
         if lr is None and isinstance(step_size, StepSize):
-            learnt = isinstance(model, nn.Module) and is_pretrained(model)
-            share = step_size.share_of_pretrained if learnt else 1.0
+            share = share_of(model, step_size)
             lr = share * step_size.lr
         check_settings(locals())
         check_processes()

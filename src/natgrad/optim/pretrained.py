@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from natgrad.optim.step_size import StepSize
+
 _ROWS, _COLUMNS = 256, 1024  # that are looked at, of every weight
 _FEWEST = 8  # rows or columns, of which singular values tell anything
+
+
+def share_of(model: nn.Module, policy: StepSize) -> float:
+    """What share of the default learning rates a policy takes for a model; says so where that is not all of them."""
+    if policy.share_of_pretrained == 1.0 or not isinstance(model, nn.Module) or not is_pretrained(model):
+        return 1.0
+    share = policy.share_of_pretrained
+    warnings.warn(
+        f"the weights of this model have learnt something before: lr is {share * policy.lr:g}, {share:g} of the "
+        "default, so as not to undo it; lr=... overrules that",
+        stacklevel=3,
+    )
+    return share
 
 
 def is_pretrained(model: nn.Module) -> bool:
