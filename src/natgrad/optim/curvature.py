@@ -239,7 +239,7 @@ class LayerCurvature:
 
     def metric(self, X: Tensor, Y: Tensor) -> Tensor:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""
-        return torch.stack([metric(self.inverse, self.kind, *pair) for pair in ((X, Y), (X, X), (Y, Y))])
+        return metric(self.inverse, self.kind, X, Y)
 
     def _assembled(self, approximation: Approximation, damping: float, geometry: Geometry, floor: float = 0.0) -> Self:
         matrix = approximation.assemble(self.stats, self.matrix if self.refreshed else None)

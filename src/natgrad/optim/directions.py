@@ -62,7 +62,7 @@ class Directions:
         return dict(zip(("DID", "DIP", "PIP"), (self.gram() / count).unbind(), strict=True))
 
     def agreement(self) -> dict[str, Tensor]:
-        """<M, V>, <M, M> and <V, V> in the metric of F^-1, V = P: six products with the preconditioner a layer."""
+        """<M, V>, <M, M> and <V, V> in the metric of F^-1, V = P: two products with the preconditioner a layer."""
         metrics = [c.metric(self.M[name], self.P[name]) for name, c in self.curvature.items() if name in self.M]
         return dict(zip(("MV", "MM", "VV"), torch.stack(metrics).sum(0).unbind(), strict=True))
 

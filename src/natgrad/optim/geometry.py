@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from natgrad.fishers import Approximation
 from natgrad.matrix import Kronecker, LinearMap, Matrix, OneSided
 from natgrad.matrix.factor import is_column
-from natgrad.matrix.whitening import dual, whitened
+from natgrad.matrix.whitening import halves, whitened
 
 INVERSE, ROOT, NO_ROOT = 0, 1, 2  # what a preconditioner is: an inverse, a root of one, an inverse for want of a root
 
@@ -104,8 +105,9 @@ class SpectralDescent(Geometry):
 
 
 def metric(preconditioner: LinearMap, kind: int, X: Tensor, Y: Tensor) -> Tensor:
-    """<X, F^-1 Y>."""
-    return dual(preconditioner, X, Y) if kind == ROOT else (X * (preconditioner @ Y)).sum()
+    """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1: two products with a preconditioner."""
+    (HX, KX), (HY, KY) = (halves(preconditioner, Z) if kind == ROOT else (Z, preconditioner @ Z) for Z in (X, Y))
+    return torch.stack([(H * K).sum() for H, K in ((HX, KY), (HX, KX), (HY, KY))])
 
 
 def _wide(matrix: Matrix) -> bool:

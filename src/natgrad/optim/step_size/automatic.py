@@ -117,7 +117,11 @@ class Automatic(StepSize):
             return own
         if memory.get("precise", 0.0):
             return {**own, **directions.sizes()} if directions.labels.likelihood.saturates else own
-        return {**own, **directions.agreement()} if self._looks(memory) else own
+        if not self._looks(memory):
+            return own
+        if "looked" in memory:
+            return {**own, **directions.agreement()}
+        return {**own, **dict.fromkeys(("MV", "MM", "VV"), 0 * directions.along.sum())}  # there is no average yet
 
     def idle(self, memory: Memory) -> Memory:
         """Without the last step: the next one finds nothing to compare it with."""
