@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-FIRST_LR = 1e-3
-DEFAULTS = {"lr": FIRST_LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
 def adamw_step(parameters: Sequence[nn.Parameter], state: dict[Any, dict[str, Any]], group: dict[str, Any]) -> None:

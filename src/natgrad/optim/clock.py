@@ -14,9 +14,8 @@ Clock = dict[str, Any]
 def new_clock(damping: float, share: float = 1.0) -> Clock:
     """Before the first step, at a ``share`` of the policy's learning rate."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
-    memory = {} if share == 1.0 else {"share": share}
     start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "news": 0, "account": {}}
-    start["memory"] = memory
+    start["memory"] = {} if share == 1.0 else {"share": share}
     return {**start, **dict.fromkeys(names, 0.0), **Gauge().numbers()}
 
 

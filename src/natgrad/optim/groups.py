@@ -46,7 +46,7 @@ def build_groups(
             del left[id(p)]
         groups += _split(chosen, first, {**natural, **settings}, {**DEFAULTS, **adamw, **settings})
     groups += _split(list(left.values()), first, dict(natural), {**DEFAULTS, **adamw})
-    return [_checked(group, adamw) for group in groups]
+    return [_completed(group, adamw) for group in groups]
 
 
 def _split(
@@ -59,8 +59,8 @@ def _split(
     return [group for group in kinds if group["params"]]
 
 
-def _checked(group: dict[str, Any], adamw: Mapping[str, Any]) -> dict[str, Any]:
-    """The group, and what its learning rates were at first."""
+def _completed(group: dict[str, Any], adamw: Mapping[str, Any]) -> dict[str, Any]:
+    """The group, checked, with what its learning rates were at first."""
     number(f"lr of the {group['rule']} rule", group["lr"], 0)
     number(f"weight_decay of the {group['rule']} rule", group["weight_decay"], 0)
     number("momentum", group.get("momentum", 0.0), 0, 1)
@@ -87,7 +87,7 @@ def extended(
     first = {id(p) for p in chosen if inventory.excluded(own[id(p)])}
     settings = {key: value for key, value in group.items() if key != "params"}
     made = _split(chosen, first, {**natural, **settings}, {**adamw, **settings})
-    return [_checked(one, adamw) for one in made]
+    return [_completed(one, adamw) for one in made]
 
 
 def within(found: Coverage, model: nn.Module, held: Collection[int]) -> Coverage:
@@ -111,5 +111,5 @@ def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:
 
 def adamw_settings(group: Mapping[str, Any], adamw: Mapping[str, Any]) -> dict[str, Any]:
     """The AdamW rule for layers of a natural ``group`` that were never seen: its lr follows the group's schedule."""
-    share = group["lr"] / group["first_lr"] if group["first_lr"] else float(bool(group["lr"]))
-    return {**adamw, "lr": group["adamw_lr"] * share}
+    left = group["lr"] / group["first_lr"] if group["first_lr"] else float(bool(group["lr"]))
+    return {**adamw, "lr": group["adamw_lr"] * left}

@@ -18,7 +18,7 @@ from natgrad.labels import Estimator, Labels
 from natgrad.layers import WIDE, Coverage, Layer, expected
 from natgrad.likelihoods import Objective
 from natgrad.masks import Mask
-from natgrad.optim.adamw import DEFAULTS, FIRST_LR, adamw_step
+from natgrad.optim.adamw import DEFAULTS, adamw_step
 from natgrad.optim.averages import Averages
 from natgrad.optim.budget import Account, Budget, Plan, Turn
 from natgrad.optim.cadence import Cadence
@@ -156,12 +156,11 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh_every = getattr(approximation, "refresh_every", 1) if refresh_every is None else refresh_every
         observe_every = getattr(approximation, "observe_every", 1) if observe_every is None else observe_every
         observe_fraction = 1.0 if observe_fraction is None else observe_fraction
-        share = 1.0
-        if lr is None and isinstance(step_size, StepSize):
-            share = share_of(model, step_size)
-            lr = share * step_size.lr
+        by_default = lr is None
+        lr = getattr(step_size, "lr", None) if lr is None else lr
         check_settings(locals())
         check_processes()
+        share = share_of(model, step_size) if by_default else 1.0
         self._expected = expected(model, tuple(exclude), wide)
         check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
@@ -171,9 +170,9 @@ class NaturalGradient(torch.optim.Optimizer):
         free = overhead is None or math.isinf(overhead) or approximation.together
         budget = None if free or overhead is None else Budget(overhead, cadence, given)
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
-        natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        natural = {"lr": share * lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
-        adamw = adamw if adamw is False or share == 1.0 else {"lr": share * FIRST_LR, **(adamw or {})}
+        adamw = adamw if adamw is False or share == 1.0 else {"lr": share * DEFAULTS["lr"], **(adamw or {})}
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
         self.param_groups[0] |= {"clock": new_clock(self.damping.initial, share), "bfloat16": dict(fast.chosen)}
         held = self._held()

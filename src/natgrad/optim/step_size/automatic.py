@@ -32,10 +32,10 @@ class Automatic(StepSize):
     *Do they?* The first ``look`` steps are ``noisy`` ones and short, up to half of their length. In the metric of F^-1,
     where noise is largest, the gradient M of each is compared with the average V of those before: their cosine is 1
     where every batch has the gradient of the loss, and near 0 where noise outweighs it. Where the mean over the earlier
-    half of them is above ``agreement``, or else that over the later half, ``precise`` takes over; where neither is, or
-    the earlier half is far below it, ``noisy`` stays, and nothing more is measured. (Late steps are long enough to
-    change gradients by themselves.) Without a likelihood ``noisy`` always stays: the empirical Fisher is
-    no curvature of the loss, and a model of it depends on the unit of the loss.
+    half of them, but for the first few, is above ``agreement``, or else that over the later half, ``precise`` takes
+    over; where neither is, or the earlier one is far below it, ``noisy`` stays, and nothing more is measured. (Late
+    steps are long enough to change gradients by themselves.) Without a likelihood ``noisy`` always stays: the
+    empirical Fisher is no curvature of the loss, and a model of it depends on the unit of the loss.
 
     *Do they still?* The slope that the next batch finds along the step just taken tells. Trust is that slope along D at
     the old point (<P, M> plus the curvature term of the step, less what the old direction contributed), over the slope

@@ -117,6 +117,5 @@ class LayerLength(StepSize):
             alpha /= 1 + settled / self.settle
         if self.large is not None and terms:
             alpha *= min(1.0, (terms / self.large) ** 0.25)
-        memory = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms}
-        memory |= {"share": now.memory["share"]} if "share" in now.memory else {}
-        return Decision(alpha, 0.0, memory=memory)
+        known = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms}
+        return Decision(alpha, 0.0, memory={**now.memory, **known})
