@@ -272,6 +272,17 @@ def test_the_look_is_over_early_where_it_is_clear_and_steps_are_long_then(cosine
     assert decided.alpha == 1.0
 
 
+@pytest.mark.parametrize(("late", "precise"), [(0.9, True), (0.7, False)])
+def test_where_it_is_not_clear_the_later_comparisons_decide(late: float, precise: bool) -> None:
+    policy, memory = Automatic(), {"settled": 0.0}
+    for step in range(10):
+        assert not policy.needs_samples(memory)
+        read = {"MV": 6 * (0.7 if step < 5 else late), "MM": 4.0, "VV": 9.0}
+        memory = dict(policy.decide(Situation(read, lr=0.02, memory=memory)).memory)
+    assert memory["looked"] == 10 and memory["agreement"] == pytest.approx(late)
+    assert policy.needs_samples(memory) is precise
+
+
 def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
     moved = {}
     for width in (16, 1024):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad import Categorical, NaturalGradient, QuadraticModel
 from natgrad.optim.pretrained import is_pretrained
-from natgrad.optim.step_size import Automatic
+from natgrad.optim.step_size import Automatic, Situation
 
 
 def with_weight(*shape: int, fill: Callable[[Tensor], object]) -> nn.Module:
@@ -31,6 +31,17 @@ def learnt(*sides: int) -> nn.Sequential:
         spike = torch.outer(torch.randn(m), torch.randn(n)) / (m * n) ** 0.5
         layer.weight.data += 3 * layer.weight.std() * (m**0.5 + n**0.5) * spike
     return nn.Sequential(*layers)
+
+
+class Tables(nn.Module):
+    """Has a parameter without curvature, stepped by AdamW's rule in the group of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cumsum(self.table, 0)
 
 
 RANDOM: dict[str, Callable[[Tensor], object]] = {
@@ -123,17 +134,18 @@ def steps(model: nn.Module, optimizer: NaturalGradient, count: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:the weights of this model have learnt")
 def test_a_resumed_run_keeps_its_share_whatever_the_model_is_at_the_restart() -> None:
-    model = learnt(32, 32, 16)
+    model = learnt(32, 32, 16).append(Tables())
     optimizer = NaturalGradient(model, likelihood=Categorical(), exclude=["0"])
     steps(model, optimizer, 6)
     saved = deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    fresh = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16))
+    fresh = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16), Tables())
     other = NaturalGradient(fresh, likelihood=Categorical(), exclude=["0"])
     fresh.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
     steps(model, optimizer, 6)
     steps(fresh, other, 6)
 
+    assert optimizer.statistics()["share"] == other.statistics()["share"] == 0.05
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0)
 
@@ -143,3 +155,6 @@ def test_the_quadratic_model_goes_its_whole_way() -> None:
 
     assert policy.unit({"precise": 1.0, "share": 0.05}) * 0.001 == pytest.approx(1.0)
     assert policy.unit({"share": 0.05}) == 1.0
+    read = {"MV": 6.0, "MM": 4.0, "VV": 9.0}
+    memory = Automatic(look=1).decide(Situation(read, lr=0.001, memory={"share": 0.05})).memory
+    assert policy.unit(memory) * 0.001 == pytest.approx(1.0)
