@@ -160,6 +160,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr = getattr(step_size, "lr", None) if lr is None else lr
         check_settings(locals())
         check_processes()
+        assert lr is not None  # as has been checked
         share = share_of(model, step_size) if by_default else 1.0
         self._expected = expected(model, tuple(exclude), wide)
         check_layers(approximation, self._expected.layers.values())
