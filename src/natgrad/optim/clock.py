@@ -12,11 +12,10 @@ Clock = dict[str, Any]
 
 
 def new_clock(damping: float, share: float = 1.0) -> Clock:
-    """Before the first step, at a ``share`` of the policy's learning rate."""
+    """Before the first step; learning rates count ``share`` times, or as the first step finds if that is 0."""
     names = ("slope", "predicted", "last_lr", "actual", "expected")
-    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "news": 0, "account": {}}
-    start["memory"] = {} if share == 1.0 else {"share": share}
-    return {**start, **dict.fromkeys(names, 0.0), **Gauge().numbers()}
+    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "share": share, "averaged": 0, "news": 0}
+    return {**start, "account": {}, "memory": {}, **dict.fromkeys(names, 0.0), **Gauge().numbers()}
 
 
 def remember(clock: Clock, damping: Damping, decision: Decision, drift: float, lr: float) -> dict[str, float]:

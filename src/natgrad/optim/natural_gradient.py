@@ -66,9 +66,10 @@ class NaturalGradient(torch.optim.Optimizer):
         likelihood: what the outputs mean; with it F is the true Fisher, without it the empirical one.
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
-        lr: learning rate; default as the policy has it (.02 for ``Automatic``: the length of a step, as for AdamW); a
-            twentieth of that, and of the default of the AdamW rule, for steps of a set length on a model whose weights
-            have learnt something before (:func:`~natgrad.optim.pretrained.is_pretrained`).
+        lr: learning rate; default as the policy has it (.02 for ``Automatic``: the length of a step, as for AdamW).
+            Without it, learning rates count a twentieth in steps of a set length, and under the AdamW rule unless
+            ``adamw`` has one, for a model whose weights have learnt something before the first step
+            (:func:`~natgrad.optim.pretrained.is_pretrained`).
         step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
@@ -161,7 +162,6 @@ class NaturalGradient(torch.optim.Optimizer):
         check_settings(locals())
         check_processes()
         assert lr is not None  # as has been checked
-        share = share_of(model, step_size) if by_default else 1.0
         self._expected = expected(model, tuple(exclude), wide)
         check_layers(approximation, self._expected.layers.values())
         cadence = Cadence(observe_every, refresh_every, observe_fraction, staggered)
@@ -171,10 +171,10 @@ class NaturalGradient(torch.optim.Optimizer):
         free = overhead is None or math.isinf(overhead) or approximation.together
         budget = None if free or overhead is None else Budget(overhead, cadence, given)
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
-        natural = {"lr": share * lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         self.model = model
-        adamw = adamw if adamw is False or share == 1.0 else {"lr": share * DEFAULTS["lr"], **(adamw or {})}
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
+        share = 0.0 if by_default and step_size.share_of_pretrained != 1.0 else 1.0  # 0: the first step finds out
         self.param_groups[0] |= {"clock": new_clock(self.damping.initial, share), "bfloat16": dict(fast.chosen)}
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
@@ -182,6 +182,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._followed: set[int] = set()  # of the parameters of layers, their ids
         self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict, self._elsewhere)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
+        self._shares = not adamw or "lr" not in adamw  # whether the AdamW rule has its share of learning rates too
         self._now, self._gauge = State(), Gauge()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
@@ -260,8 +261,8 @@ class NaturalGradient(torch.optim.Optimizer):
         others = [name for name, p in self.model.named_parameters() if id(p) not in held]
         rule, plan, geometry = self._curvature.approximation, self._plan, self._curvature.geometry
         told = report(self.model, found, rule, matrices, self._now, others, plan=plan, geometry=geometry)
-        share = self._clock["memory"].get("share", 1.0)
-        return str(told) + (f"\nweights have learnt before: {share:g} of the default lr" if share != 1 else "")
+        share = self._clock["share"] or 1.0
+        return str(told) + (f"\nweights had learnt before: learning rates count {share:g} times" if share != 1 else "")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
@@ -311,12 +312,14 @@ class NaturalGradient(torch.optim.Optimizer):
         records = self._engine.take()
         self._learn_layers()
         write_out(self._engine.inventory.parameters.values())
-        before, proposal = (self._clock["memory"], self._curvature, self._schedule.geometry), None
+        clock, proposal = self._clock, None
+        before = clock["memory"], clock["share"], self._curvature, self._schedule.geometry
         try:
+            self._learn_share()
             proposal = self._propose(records)
         finally:
             if proposal is None:
-                self._clock["memory"], self._curvature, self._schedule.geometry = before
+                clock["memory"], clock["share"], self._curvature, self._schedule.geometry = before
         return proposal
 
     def _conclude(self, proposal: Proposal | None) -> None:
@@ -424,13 +427,13 @@ class NaturalGradient(torch.optim.Optimizer):
         """The largest learning rate of the groups, and what share of it every layer has."""
         rates = {key: group["lr"] for key, group in self._group_of.items()}
         lr = max(rates.values(), default=0.0)
-        unit = self.step_size.unit(self._clock["memory"])
+        unit = self.step_size.unit(self._clock["memory"], self._clock["share"])
         return {name: rates[id(self._curvature.layers[name].weight)] / lr if lr else 1.0 for name in names}, unit * lr
 
     def _apply(self, proposal: Proposal) -> None:
         """Apply a step, whole: what can fail comes first, and is taken back if it does."""
         layers = self._curvature.layers
-        moves = moves_of(proposal, layers, self.state, self._group_of)
+        moves = moves_of(proposal, layers, self.state, self._group_of, self._clock["share"])
         moved, kept = self._entries(proposal.moves), [layers[name] for name in proposal.moves]
         rules = list(self._rest_of_groups(moved))
         stepped = [p for parameters, _ in rules for p in parameters if p.grad is not None]
@@ -455,13 +458,15 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _rest_of_groups(self, moved: Mapping[int, int]) -> Iterator[tuple[list[nn.Parameter], dict[str, Any]]]:
         """The parameters that a first-order rule steps, being those not ``moved`` whole, and its settings."""
+        share = self._clock["share"] if self._shares else 1.0
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                yield group["params"], group
+                chosen, settings = group["params"], group
             else:
                 rest = (p for p in group["params"] if moved.get(id(p), 0) < p.numel())
                 chosen = [p for p in rest if group["lr"] or id(p) not in self._followed]
-                yield chosen, adamw_settings(group, self._adamw)
+                settings = adamw_settings(group, self._adamw)
+            yield chosen, {**settings, "lr": share * settings["lr"]}
 
     def _foresee(self) -> None:
         """Name the state of the layers that are expected: distributed checkpoints ask for it before there is a pass."""
@@ -476,6 +481,11 @@ class NaturalGradient(torch.optim.Optimizer):
         shampoo_step([p for p in parameters if id(p) in matrices], self.state, group, self._wide)
 
     # Helpers.
+
+    def _learn_share(self) -> None:
+        """At the first step that moves anything: how often learning rates count, if that is not known."""
+        if not self._clock["share"] and any(group["lr"] for group in self.param_groups):
+            self._clock["share"] = share_of(self.model, self.step_size)
 
     @property
     def _free(self) -> bool:

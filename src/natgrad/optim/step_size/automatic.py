@@ -102,9 +102,9 @@ class Automatic(StepSize):
         """As the policy in use."""
         return self._now(memory).averages(memory)
 
-    def unit(self, memory: Memory) -> float:
-        """1 / lr of ``noisy`` for the model, so that its own lr is 1 by default."""
-        return self.precise.lr / (self.noisy.lr * memory.get("share", 1.0)) if memory.get("precise", 0.0) else 1.0
+    def unit(self, memory: Memory, share: float) -> float:
+        """1 / lr of ``noisy`` for the model, so that its own lr is 1 by default: it finds its own lengths."""
+        return self.precise.lr / self.noisy.lr if memory.get("precise", 0.0) else self.noisy.unit(memory, share)
 
     def prepare(self, directions: Directions, damping: float, memory: Memory) -> Directions:
         """As the policy in use."""
