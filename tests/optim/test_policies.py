@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from training import backward, batch, copy_of, network, optimizer_of, same, trai
 import natgrad
 from natgrad import (
     EKFAC,
+    FOOF,
     KFAC,
     TEKFAC,
     TKFAC,
@@ -32,6 +35,7 @@ from natgrad import (
 from natgrad.optim.cadence import Cadence
 from natgrad.optim.clock import new_clock, remember
 from natgrad.optim.damping import ConstantDamping
+from natgrad.optim.directions import Directions
 from natgrad.optim.step_size import Decision, Situation
 from oracles import assert_equal
 
@@ -250,7 +254,7 @@ def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, pre
     memory = dict(policy.decide(Situation(read, lr=0.01, memory=memory)).memory)
     assert memory["agreement"] == pytest.approx(cosine)
     assert policy.needs_samples(memory) is precise
-    assert policy.unit(memory) == pytest.approx(50.0 if precise else 1.0)
+    assert policy.unit(memory, 1.0) == pytest.approx(50.0 if precise else 1.0)
     assert policy.averages(memory) == (None if precise else 0.95)
 
 
@@ -283,6 +287,39 @@ def test_where_it_is_not_clear_the_later_comparisons_decide(late: float, precise
     assert policy.needs_samples(memory) is precise
 
 
+def test_a_step_reaches_the_minimum_of_a_layer_s_own_model_or_a_share_of_the_capacity_if_that_is_further() -> None:
+    X = {
+        name: torch.full((2, 3), size) for name, size in (("far", 10.0), ("flat", 1e-6), ("natural", 0.5), ("one", 1.0))
+    }
+    D = {name: torch.ones(2, 3) for name in X}
+    bends = {"far": 2.0, "flat": 2.0, "natural": None, "one": 0.0}
+    curvature: Any = {name: SimpleNamespace(bend=lambda D, bend=bend: bend) for name, bend in bends.items()}
+    labels: Any = SimpleNamespace(factor=0.5, capacity=4.0)
+    directions = Directions({}, X, D, X, [], labels=labels, curvature=curvature, X=X)
+    at_share = (2 * 0.01 * 2 / 2) ** 0.5
+
+    assert directions.reach(0.01).tolist() == pytest.approx([30.0, at_share, 1.0, math.inf])
+    assert directions.reach(0.0).tolist() == pytest.approx([30.0, 3e-6, 1.0, math.inf])
+
+
+def test_a_metric_that_is_no_fisher_bounds_no_step() -> None:
+    final = []
+    for approximation in (FOOF(), KFAC()):
+        torch.manual_seed(0)
+        x = torch.randn(512, 20)
+        y = (x[:, :5] + x[:, 5:10]).argmax(1)
+        sides = [20, *[32] * 8, 5]
+        model = nn.Sequential(*[m for pair in pairwise(sides) for m in (nn.Linear(*pair), nn.Tanh())][:-1])
+        optimizer = NaturalGradient(model, approximation, likelihood=Categorical(), step_size=LayerLength())
+        for i in torch.randint(512, (150, 128)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[i]), y[i])
+            loss.backward()
+            optimizer.step()
+        final.append(loss.item())
+    assert final[0] < 1.2 * final[1] < 1.2
+
+
 def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
     moved = {}
     for width in (16, 1024):
@@ -305,11 +342,10 @@ def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
 
 
 def test_steps_on_small_batches_are_shorter() -> None:
-    def alphas(policy: LayerLength, *terms: float) -> list[float]:
-        memory: dict[str, float] = {"warmed": 5.0}
-        found = []
+    def alphas(policy: LayerLength, *terms: float, scheduled: bool = False) -> list[float]:
+        policy, memory, found = replace(policy, settle=None), {"warmed": 5.0}, []
         for count in terms:
-            decided = policy.decide(Situation({}, lr=0.02, memory=memory, scheduled=True, terms=count))
+            decided = policy.decide(Situation({}, lr=0.02, memory=memory, scheduled=scheduled, terms=count))
             memory = dict(decided.memory)
             found.append(decided.alpha)
         return found
@@ -319,6 +355,7 @@ def test_steps_on_small_batches_are_shorter() -> None:
     assert alphas(LayerLength(large=4096), 256) == pytest.approx([0.5])
     assert alphas(LayerLength(large=None), 16) == [1.0]
     assert alphas(LayerLength(), 0) == [1.0]
+    assert alphas(LayerLength(), 16, 1, scheduled=True) == [1.0, 1.0]  # which sets lengths itself
 
 
 @pytest.mark.parametrize(("likelihood", "terms"), [(Categorical(class_dim=-1), 2 * 8 * 5), (None, 0)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from natgrad.capture import Capture
 from natgrad.fishers import Approximation, Stats
 from natgrad.layers import Layer
-from natgrad.matrix import FactorisationError, LinearMap, Matrix
+from natgrad.matrix import FactorisationError, LinearMap, Matrix, OneSided
 from natgrad.matrix.factor import is_column
 from natgrad.matrix.whitening import steepest, turned
 from natgrad.optim.cost import Counting
@@ -233,9 +233,14 @@ class LayerCurvature:
             return D, replace(self, turns=0) if self.turns else self
         return D, replace(self, turn=turn, turns=self.turns + 1)
 
-    def bend(self, D: Tensor) -> int | None:
-        """D^T F D for a direction by the turn of a root; ``None`` for one by an inverse, where it is <M, D>."""
-        return D.numel() // max(D.shape[-2:]) if self.kind == ROOT else None
+    def bend(self, D: Tensor) -> float | None:
+        """D^T F D for a direction by the turn of a root; ``None`` for one by an inverse, where it is <M, D>.
+
+        0 of a matrix with one side alone, whose scale is not that of a Fisher: it bounds nothing.
+        """
+        if isinstance(self.inverse, OneSided):
+            return 0.0
+        return float(D.numel() // max(D.shape[-2:])) if self.kind == ROOT else None
 
     def metric(self, X: Tensor, Y: Tensor) -> Tensor:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -87,16 +88,21 @@ class Directions:
         """<X, D>, layer by layer, for the D that was first there: finite if all gradients and directions are."""
         return _inner(self.X, self.D)
 
-    def newton(self) -> Tensor:
-        """One number a layer: the c of c D at the minimum along D of the model that the layer's own matrix makes.
+    def reach(self, share: float) -> Tensor:
+        """One number a layer: the c of c D at the minimum along D of the model that the layer's own matrix makes; or
+        where its KL is a ``share`` of the loss's capacity, if that is further.
 
-        <X, D> / D^T F D, where D^T F D is <X, D> for a natural gradient, and the number of singular values for a polar
-        factor.
+        <X, D> / D^T F D and (2 share capacity / D^T F D)^(1/2). D^T F D is <X, D> for a natural gradient, the number
+        of singular values for a polar factor. Infinite for a matrix that is no Fisher but a metric of inputs or
+        outputs alone.
         """
         if self.joint or not self.curvature:
             return torch.ones_like(self.along)
-        pairs = zip(self.along, [self.curvature[name].bend(D) for name, D in self.D.items()], strict=True)
-        return torch.stack([slope / bend if bend else torch.ones_like(slope) for slope, bend in pairs])
+        bends = [self.curvature[name].bend(D) for name, D in self.D.items()]
+        values = torch.stack([a if b is None else a.new_full((), b) for a, b in zip(self.along, bends, strict=True)])
+        nats = 0.0 if self.labels is None else share * self.labels.factor * self.labels.capacity
+        furthest = torch.maximum(self.along / values, (2 * nats / values).sqrt())
+        return torch.where(values > 0, furthest, math.inf)
 
     def sampled_curvature(self) -> Tensor:
         """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _STEADY = 1.25  # times |X| / |M| is the longest: at .95 noise alone, .17, gives a little more than rms
 
 _NEAR = 0.02  # of its length, where a layer's minimum is so near that others count
+_SEEN = 0.01  # of the capacity: a layer whose step changes predictions by less is not bounded
 _WIDE = 64**0.5  # times rms lr: the most that a step moves an output
 
 
@@ -98,7 +99,7 @@ class LayerLength(StepSize):
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
-            longest = directions.newton().clamp(min=0) / self.lr
+            longest = directions.reach(_SEEN).clamp(min=0) / self.lr
             parts = torch.where((longest < _NEAR * lengths).any(), (longest < lengths).sum(), 1)
             lengths = torch.minimum(lengths, longest / parts)
         return directions.scaled(lengths)
@@ -115,7 +116,7 @@ class LayerLength(StepSize):
         alpha = warmed / self.warm_up
         if self.settle is not None:
             alpha /= 1 + settled / self.settle
-        if self.large is not None and terms:
+        if self.large is not None and terms and not now.scheduled:
             alpha *= min(1.0, (terms / self.large) ** 0.25)
         known = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms}
         return Decision(alpha, 0.0, memory={**now.memory, **known})
