@@ -42,10 +42,12 @@ class LayerLength(StepSize):
     norm of the inputs, if they have nothing to do with each other, and that is at most 8 rms lr, as with 64 inputs of
     size 1. Inputs larger than that count as 1 each.
 
-    No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from. As a rule that
-    is 10 to 1,000 times further, but where inputs have a scale of 10^6 it is near. Where it is nearer than a fiftieth
-    of the length for any layer, and bounds k of them, each goes 1/k of the way, as they move at once. (At another lr
-    than the default the bound moves with it. The empirical Fisher of a loss without a likelihood bounds nothing.)
+    No layer goes beyond the minimum of its own quadratic model along D, by the Fisher that D comes from, unless its KL
+    is less than a hundredth of the capacity: small gradients have a near minimum, too. As a rule that is 10 to 1,000
+    times further, but where inputs have a scale of 10^6 it is near. Where it is nearer than a fiftieth of the length
+    for any layer, and bounds k of them, each goes 1/k of the way, as they move at once. (At another lr than the default
+    the bound moves with it. Matrices that are no Fisher, ``I kron A`` and the empirical ones of a loss without a
+    likelihood, bound nothing.)
 
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
     as 1 / (1 + steps / settle), which lets noise die out and never ends the training, as the sum has no bound;
@@ -53,10 +55,10 @@ class LayerLength(StepSize):
     schedule holds it.
 
     On batches of less than ``large`` loss terms (of a likelihood; the most that a step has had) alpha has a factor
-    (terms / large)^(1/4): the fewer there are, the more of a step is noise. ``large=None`` for none of that.
+    (terms / large)^(1/4) then, too: the fewer there are, the more of a step is noise. ``large=None`` for none of that.
 
-    A model that has learnt something before gets a twentieth of the default learning rate: its weights are worth
-    more than random ones, and gradients of what is left to learn are mostly noise.
+    Without an lr of the user's, learning rates count a twentieth for a model that has learnt something before: its
+    weights are worth more than random ones, and gradients of what is left to learn are mostly noise.
 
     Memory: one block a layer. Cost: that of ``norm``; nothing more is read.
     """
