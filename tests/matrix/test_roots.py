@@ -32,7 +32,14 @@ from oracles import assert_equal, error
 
 ITERATED = (denman_beavers, newton_schulz)
 FULL_RANK = (eigh_root, *ITERATED, Nystrom(8))
-every_root = pytest.mark.parametrize("root", FULL_RANK, ids=str)
+
+
+def named(root: object) -> str:
+    """A function by its name alone, which is the same in every process."""
+    return getattr(root, "__name__", str(root))
+
+
+every_root = pytest.mark.parametrize("root", FULL_RANK, ids=named)
 
 
 def with_condition(condition: float, *batch: int, size: int = 8) -> Tensor:
@@ -93,7 +100,7 @@ def test_what_has_no_root_is_refused(root: Root, broken: str) -> None:
         root(X, 0.0)
 
 
-@pytest.mark.parametrize("root", [eigh_root, Nystrom(3), Nystrom(8)], ids=str)
+@pytest.mark.parametrize("root", [eigh_root, Nystrom(3), Nystrom(8)], ids=named)
 def test_a_singular_matrix_needs_a_shift(root: Root) -> None:
     X = torch.zeros(8, 8)
     with pytest.raises(FactorisationError):
@@ -152,7 +159,7 @@ STRUCTURED: dict[str, Callable[..., Matrix]] = {
 
 @pytest.mark.parametrize("make", STRUCTURED.values(), ids=STRUCTURED.keys())
 @pytest.mark.parametrize("groups", [(), (3,)])
-@pytest.mark.parametrize("root", [eigh_root, *ITERATED], ids=str)
+@pytest.mark.parametrize("root", [eigh_root, *ITERATED], ids=named)
 def test_the_root_of_a_matrix_squared_is_its_damped_inverse(
     make: Callable[..., Matrix], groups: tuple[int, ...], root: Root
 ) -> None:
