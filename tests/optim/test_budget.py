@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from training import batch, copy_of, network, optimizer_of, same, train, values
 
 from natgrad import EKFAC, FOOF, KFAC, TKFAC, Categorical, KLLimit, NaturalGradient, QuadraticModel
 from natgrad.optim.budget import BURST, CREDIT, Account, Budget, Load, Plan
 from natgrad.optim.cadence import Cadence
-from natgrad.optim.cost import work
+from natgrad.optim.cost import Counting, work
 from natgrad.optim.curvature import LayerCurvature
 
 SEEDS = range(12)
@@ -295,3 +295,21 @@ def test_what_turns_a_root_serves_its_steps_and_a_resumed_run_equals_an_unbroken
     train(model, optimizer, batches[17:])
     train(other, resumed, batches[17:])
     assert same(values(model), values(other))
+
+
+def without_data(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("shapes", [((3, 1, 4), (2, 1)), ((3, 4), ()), ((), (3, 4)), ((), ())])
+def test_elementwise_results_without_data_are_those_of_torch(shapes: tuple[tuple[int, ...], ...]) -> None:
+    X, Y = without_data(*shapes[0]), without_data(*shapes[1], dtype=torch.float32)
+    P, Q = (without_data(*shape, dtype=torch.bool) for shape in shapes)
+
+    def results() -> list[Tensor]:
+        both = [X * Y, X + Y, X - Y, X / Y, X == Y, X < Y, X >= Y, P & Q, P | Q, X * P, Y * X, 2 * Y, 2.0 * P, Y**2]
+        return [*both, X.abs(), Y.sqrt(), X.clamp(min=1), X.reciprocal(), X.isfinite(), (X > 0).all(), X > 0, X != 1]
+
+    with Counting():
+        found = results()
+    assert [(x.shape, x.dtype, x.is_meta) for x in found] == [(x.shape, x.dtype, x.is_meta) for x in results()]
