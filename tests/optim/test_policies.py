@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +29,7 @@ from natgrad import (
     LevenbergMarquardt,
     NaturalGradient,
     QuadraticModel,
+    SpectralDescent,
     TraceDamping,
 )
 from natgrad.optim.cadence import Cadence
@@ -254,7 +254,7 @@ def test_the_quadratic_model_takes_over_where_gradients_agree(cosine: float, pre
     memory = dict(policy.decide(Situation(read, lr=0.01, memory=memory)).memory)
     assert memory["agreement"] == pytest.approx(cosine)
     assert policy.needs_samples(memory) is precise
-    assert policy.unit(memory, 1.0) == pytest.approx(50.0 if precise else 1.0)
+    assert policy.unit(memory) == pytest.approx(50.0 if precise else 1.0)
     assert policy.averages(memory) == (None if precise else 0.95)
 
 
@@ -292,32 +292,67 @@ def test_a_step_reaches_the_minimum_of_a_layer_s_own_model_or_a_share_of_the_cap
         name: torch.full((2, 3), size) for name, size in (("far", 10.0), ("flat", 1e-6), ("natural", 0.5), ("one", 1.0))
     }
     D = {name: torch.ones(2, 3) for name in X}
-    bends = {"far": 2.0, "flat": 2.0, "natural": None, "one": 0.0}
-    curvature: Any = {name: SimpleNamespace(bend=lambda D, bend=bend: bend) for name, bend in bends.items()}
+    bends = {"far": 2.0, "flat": 2.0, "natural": 3.0, "one": 0.0}
+    curvature: Any = {name: SimpleNamespace(bend=lambda D, along, b=b: torch.tensor(b)) for name, b in bends.items()}
     labels: Any = SimpleNamespace(factor=0.5, capacity=4.0)
     directions = Directions({}, X, D, X, [], labels=labels, curvature=curvature, X=X)
     at_share = (2 * 0.01 * 2 / 2) ** 0.5
 
     assert directions.reach(0.01).tolist() == pytest.approx([30.0, at_share, 1.0, math.inf])
     assert directions.reach(0.0).tolist() == pytest.approx([30.0, 3e-6, 1.0, math.inf])
+    together = replace(directions, joint=True)
+    assert together.reach(0.01).tolist() == pytest.approx([1.0] * 4)
+    assert together.reach(50.0).tolist() == pytest.approx([(2 * 50 * 2 / (60 + 6e-6 + 3 + 6)) ** 0.5] * 4)
 
 
-def test_a_metric_that_is_no_fisher_bounds_no_step() -> None:
-    final = []
-    for approximation in (FOOF(), KFAC()):
-        torch.manual_seed(0)
-        x = torch.randn(512, 20)
-        y = (x[:, :5] + x[:, 5:10]).argmax(1)
-        sides = [20, *[32] * 8, 5]
-        model = nn.Sequential(*[m for pair in pairwise(sides) for m in (nn.Linear(*pair), nn.Tanh())][:-1])
-        optimizer = NaturalGradient(model, approximation, likelihood=Categorical(), step_size=LayerLength())
-        for i in torch.randint(512, (150, 128)):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x[i]), y[i])
-            loss.backward()
-            optimizer.step()
-        final.append(loss.item())
-    assert final[0] < 1.2 * final[1] < 1.2
+@pytest.mark.parametrize(("approximation", "sides", "bounds"), [
+    (KFAC(), "both", True), (EKFAC(), "both", True), (KFAC(), "inputs", False), (FOOF(), "both", False),
+])  # fmt: skip
+def test_a_metric_that_is_no_fisher_bounds_no_step(approximation: Any, sides: Any, bounds: bool) -> None:
+    model = network()
+    policy = LayerLength(norm=SpectralDescent(sides=sides))
+    optimizer = NaturalGradient(model, approximation, likelihood=Categorical(), step_size=policy, overhead=None)
+    train(model, optimizer, [batch(step) for step in range(3)])
+    found = [c.bend(optimizer.state[optimizer.layers[name].weight]["momentum"], torch.ones(())) for name, c in
+             optimizer._now.items()]  # fmt: skip
+    assert [float(bend) > 0 for bend in found] == [bounds] * len(found)
+
+
+def test_steps_do_not_stand_still_where_gradients_are_small_beside_their_noise() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    optimizer = NaturalGradient(
+        model, likelihood=Categorical(), step_size=LayerLength(settle=None, large=None), overhead=None
+    )
+    moved = []
+    for _ in range(40):  # labels have nothing to do with inputs
+        before = model.weight.detach().clone()
+        x, y = torch.randn(4096, 8), torch.randint(4, (4096,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        moved.append(float((model.weight.detach() - before).square().mean() ** 0.5))
+    assert min(moved[10:]) > 0.5 * 0.2 * 0.02
+
+
+def test_a_resumed_run_knows_the_capacity_before_its_first_observed_pass() -> None:
+    runs = []
+    for halt in (False, True):
+        model = network()
+        optimizer = NaturalGradient(model, likelihood=Categorical(), step_size=LayerLength(), observe_every=4)
+        train(model, optimizer, [batch(step) for step in range(9)])
+        if halt:
+            saved = optimizer.state_dict()
+            optimizer = NaturalGradient(model, likelihood=Categorical(), step_size=LayerLength(), observe_every=4)
+            optimizer.load_state_dict(saved)
+        labels = optimizer._engine.labels
+        assert labels is not None and labels.capacity == pytest.approx(math.log(3))
+        train(model, optimizer, [batch(step) for step in range(9, 12)])
+        runs.append(values(model))
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
 def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
@@ -342,10 +377,10 @@ def test_a_layer_with_many_inputs_moves_its_outputs_as_one_with_64() -> None:
 
 
 def test_steps_on_small_batches_are_shorter() -> None:
-    def alphas(policy: LayerLength, *terms: float, scheduled: bool = False) -> list[float]:
+    def alphas(policy: LayerLength, *terms: float, scheduled: tuple[bool, ...] = ()) -> list[float]:
         policy, memory, found = replace(policy, settle=None), {"warmed": 5.0}, []
-        for count in terms:
-            decided = policy.decide(Situation({}, lr=0.02, memory=memory, scheduled=scheduled, terms=count))
+        for count, held in zip(terms, scheduled or [False] * len(terms), strict=True):
+            decided = policy.decide(Situation({}, lr=0.02, memory=memory, scheduled=held, terms=count))
             memory = dict(decided.memory)
             found.append(decided.alpha)
         return found
@@ -355,7 +390,9 @@ def test_steps_on_small_batches_are_shorter() -> None:
     assert alphas(LayerLength(large=4096), 256) == pytest.approx([0.5])
     assert alphas(LayerLength(large=None), 16) == [1.0]
     assert alphas(LayerLength(), 0) == [1.0]
-    assert alphas(LayerLength(), 16, 1, scheduled=True) == [1.0, 1.0]  # which sets lengths itself
+    assert alphas(LayerLength(), 16, 1, scheduled=(True, True)) == [1.0, 1.0]  # a schedule sets lengths itself
+    assert alphas(LayerLength(), 16, 16, scheduled=(False, True)) == [0.5, 0.5]  # lr was halved by hand
+    assert alphas(LayerLength(), 16, 16, scheduled=(True, False)) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("likelihood", "terms"), [(Categorical(class_dim=-1), 2 * 8 * 5), (None, 0)])

@@ -233,14 +233,14 @@ class LayerCurvature:
             return D, replace(self, turns=0) if self.turns else self
         return D, replace(self, turn=turn, turns=self.turns + 1)
 
-    def bend(self, D: Tensor) -> float | None:
-        """D^T F D for a direction by the turn of a root; ``None`` for one by an inverse, where it is <M, D>.
+    def bend(self, D: Tensor, along: Tensor) -> Tensor:
+        """D^T F D for the direction of X: <X, D> = ``along`` by an inverse, the number of singular values by a root.
 
         0 of a matrix with one side alone, whose scale is not that of a Fisher: it bounds nothing.
         """
         if isinstance(self.inverse, OneSided):
-            return 0.0
-        return float(D.numel() // max(D.shape[-2:])) if self.kind == ROOT else None
+            return torch.zeros_like(along)
+        return along.new_full((), D.numel() // max(D.shape[-2:])) if self.kind == ROOT else along
 
     def metric(self, X: Tensor, Y: Tensor) -> Tensor:
         """<X, Y>, <X, X> and <Y, Y> in the metric of F^-1."""

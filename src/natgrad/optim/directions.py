@@ -92,17 +92,19 @@ class Directions:
         """One number a layer: the c of c D at the minimum along D of the model that the layer's own matrix makes; or
         where its KL is a ``share`` of the loss's capacity, if that is further.
 
-        <X, D> / D^T F D and (2 share capacity / D^T F D)^(1/2). D^T F D is <X, D> for a natural gradient, the number
-        of singular values for a polar factor. Infinite for a matrix that is no Fisher but a metric of inputs or
-        outputs alone.
+        <X, D> / D^T F D and (2 share capacity / D^T F D)^(1/2). D^T F D is <X, D> for a natural gradient, all layers
+        together where a map joins them, and the number of singular values for a polar factor. Infinite for a matrix
+        that is no Fisher but a metric of inputs or outputs alone.
         """
+        along, nats = self.along, 0.0
+        if self.labels is not None:
+            nats = share * self.labels.factor * self.labels.capacity
         if self.joint or not self.curvature:
-            return torch.ones_like(self.along)
-        bends = [self.curvature[name].bend(D) for name, D in self.D.items()]
-        values = torch.stack([a if b is None else a.new_full((), b) for a, b in zip(self.along, bends, strict=True)])
-        nats = 0.0 if self.labels is None else share * self.labels.factor * self.labels.capacity
-        furthest = torch.maximum(self.along / values, (2 * nats / values).sqrt())
-        return torch.where(values > 0, furthest, math.inf)
+            along = bends = along.sum().expand(len(along))
+        else:
+            pairs = zip(self.D.items(), along, strict=True)
+            bends = torch.stack([self.curvature[name].bend(D, one) for (name, D), one in pairs])
+        return torch.where(bends > 0, torch.maximum(along / bends, (2 * nats / bends).sqrt()), math.inf)
 
     def sampled_curvature(self) -> Tensor:
         """D^T F D, D^T F P, P^T F P from the captured seeds of every record: 4 n out in flops a layer.

@@ -44,17 +44,24 @@ def build_groups(
             raise ValueError("a group needs params: trained parameters of the model, each in one group only")
         for p in chosen:
             del left[id(p)]
-        groups += _split(chosen, first, {**natural, **settings}, {**DEFAULTS, **adamw, **settings})
-    groups += _split(list(left.values()), first, dict(natural), {**DEFAULTS, **adamw})
+        groups += _split(chosen, first, natural, {**DEFAULTS, **adamw}, settings)
+    groups += _split(list(left.values()), first, natural, {**DEFAULTS, **adamw}, {})
     return [_completed(group, adamw) for group in groups]
 
 
 def _split(
-    parameters: list[nn.Parameter], first: set[int], natural: dict[str, Any], adamw: dict[str, Any]
+    parameters: list[nn.Parameter],
+    first: set[int],
+    natural: Mapping[str, Any],
+    adamw: Mapping[str, Any],
+    own: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
+    known: dict[str, Any] = {}
+    if "pretrained" in natural:  # of an optimizer that asks
+        known = {"own_lr": "lr" in own, "pretrained": natural["pretrained"]}
     kinds = [
-        {"params": [p for p in parameters if id(p) not in first], "rule": "natural", **natural},
-        {"params": [p for p in parameters if id(p) in first], "rule": "adamw", **adamw},
+        {"params": [p for p in parameters if id(p) not in first], "rule": "natural", **natural, **own, **known},
+        {"params": [p for p in parameters if id(p) in first], "rule": "adamw", **adamw, **own, **known},
     ]
     return [group for group in kinds if group["params"]]
 
@@ -86,8 +93,7 @@ def extended(
         raise ValueError("a group needs params: trained parameters of the model, each in one group only")
     first = {id(p) for p in chosen if inventory.excluded(own[id(p)])}
     settings = {key: value for key, value in group.items() if key != "params"}
-    made = _split(chosen, first, {**natural, **settings}, {**adamw, **settings})
-    return [_completed(one, adamw) for one in made]
+    return [_completed(one, adamw) for one in _split(chosen, first, natural, adamw, settings)]
 
 
 def within(found: Coverage, model: nn.Module, held: Collection[int]) -> Coverage:

@@ -33,7 +33,7 @@ from natgrad.optim.finiteness import finiteness, norm
 from natgrad.optim.groups import adamw_settings, build_groups, extended, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
 from natgrad.optim.precision import Precision
-from natgrad.optim.pretrained import share_of
+from natgrad.optim.pretrained import ask
 from natgrad.optim.proposal import (
     Proposal,
     keeping,
@@ -67,9 +67,9 @@ class NaturalGradient(torch.optim.Optimizer):
         estimator: ``"sampled"`` (default with a likelihood), ``"exact"`` or ``"empirical"`` (default without).
         draws: labels drawn per example by ``"sampled"``.
         lr: learning rate; default as the policy has it (.02 for ``Automatic``: the length of a step, as for AdamW).
-            Without it, learning rates count a twentieth in steps of a set length, and under the AdamW rule unless
-            ``adamw`` has one, for a model whose weights have learnt something before the first step
-            (:func:`~natgrad.optim.pretrained.is_pretrained`).
+            Weights that have learnt something before their first step (:func:`~natgrad.optim.pretrained.is_pretrained`)
+            go a twentieth of that in steps of a set length, and under the AdamW rule where ``adamw`` has no lr; but not
+            in groups that were made with an lr of their own. ``pretrained`` of a group is ``None`` until it is known.
         step_size: the policy for alpha and mu; default ``Automatic()``.
         damping: a constant in units of F, or a policy: ``LevenbergMarquardt`` (default), ``TraceDamping``.
         momentum: mu of the policies that do not choose it.
@@ -172,17 +172,17 @@ class NaturalGradient(torch.optim.Optimizer):
         budget = None if free or overhead is None else Budget(overhead, cadence, given)
         self._schedule = Schedule(approximation, cadence, budget, estimator != "empirical")
         natural = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        natural["pretrained"] = None if by_default and step_size.share_of_pretrained({}) != 1.0 else False
         self.model = model
         super().__init__(build_groups(model, self._expected, natural, adamw, groups), natural)
-        share = 0.0 if by_default and step_size.share_of_pretrained != 1.0 else 1.0  # 0: the first step finds out
-        self.param_groups[0] |= {"clock": new_clock(self.damping.initial, share), "bfloat16": dict(fast.chosen)}
+        self.param_groups[0] |= {"clock": new_clock(self.damping.initial), "bfloat16": dict(fast.chosen)}
         held = self._held()
         self._elsewhere = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
         self._learnt: tuple[Any, Any] = ({}, held)
         self._followed: set[int] = set()  # of the parameters of layers, their ids
         self._shampoo, self._wide, self._watch = shampoo, wide, Watch(strict, self._elsewhere)
         self._adamw, self._scaler, self._seed = {**DEFAULTS, **(adamw or {})}, grad_scaler, seed
-        self._shares = not adamw or "lr" not in adamw  # whether the AdamW rule has its share of learning rates too
+        self._shared = not adamw or "lr" not in adamw  # whether the AdamW rule heeds ``pretrained``
         self._now, self._gauge = State(), Gauge()
         self._report: dict[str, float] = {}
         labels = None if estimator == "empirical" or likelihood is None else Labels(likelihood, estimator, draws)
@@ -261,8 +261,8 @@ class NaturalGradient(torch.optim.Optimizer):
         others = [name for name, p in self.model.named_parameters() if id(p) not in held]
         rule, plan, geometry = self._curvature.approximation, self._plan, self._curvature.geometry
         told = report(self.model, found, rule, matrices, self._now, others, plan=plan, geometry=geometry)
-        share = self._clock["share"] or 1.0
-        return str(told) + (f"\nweights had learnt before: learning rates count {share:g} times" if share != 1 else "")
+        learnt, share = any(g["pretrained"] for g in self.param_groups), self.step_size.share_of_pretrained({})
+        return str(told) + (f"\nweights had learnt before: their lr counts {share:g} times" if learnt else "")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, such as those unfrozen since, with their curvature where they have any.
@@ -308,18 +308,16 @@ class NaturalGradient(torch.optim.Optimizer):
     def _next(self) -> Proposal | None:
         """The step to take, ``None`` to skip it."""
         check_parameters(self.model, self.param_groups)
-        self._group_of = {id(p): group for group in self._natural for p in group["params"]}
         records = self._engine.take()
         self._learn_layers()
         write_out(self._engine.inventory.parameters.values())
-        clock, proposal = self._clock, None
-        before = clock["memory"], clock["share"], self._curvature, self._schedule.geometry
+        ask(self.param_groups, self.step_size)
+        before, proposal = (self._clock["memory"], self._curvature, self._schedule.geometry), None
         try:
-            self._learn_share()
             proposal = self._propose(records)
         finally:
             if proposal is None:
-                clock["memory"], clock["share"], self._curvature, self._schedule.geometry = before
+                self._clock["memory"], self._curvature, self._schedule.geometry = before
         return proposal
 
     def _conclude(self, proposal: Proposal | None) -> None:
@@ -341,6 +339,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._rescale(records)
         if not records and self._free:
             self._do_without_samples()
+        self._group_of = {id(p): group for group in self._shortened() for p in group["params"]}
         account = self._schedule.counted(self._account, self._curvature.layers, records)
         free = self._free
         curvature = self._advance(records, account)
@@ -427,13 +426,13 @@ class NaturalGradient(torch.optim.Optimizer):
         """The largest learning rate of the groups, and what share of it every layer has."""
         rates = {key: group["lr"] for key, group in self._group_of.items()}
         lr = max(rates.values(), default=0.0)
-        unit = self.step_size.unit(self._clock["memory"], self._clock["share"])
+        unit = self.step_size.unit(self._clock["memory"])
         return {name: rates[id(self._curvature.layers[name].weight)] / lr if lr else 1.0 for name in names}, unit * lr
 
     def _apply(self, proposal: Proposal) -> None:
         """Apply a step, whole: what can fail comes first, and is taken back if it does."""
         layers = self._curvature.layers
-        moves = moves_of(proposal, layers, self.state, self._group_of, self._clock["share"])
+        moves = moves_of(proposal, layers, self.state, self._group_of)
         moved, kept = self._entries(proposal.moves), [layers[name] for name in proposal.moves]
         rules = list(self._rest_of_groups(moved))
         stepped = [p for parameters, _ in rules for p in parameters if p.grad is not None]
@@ -446,6 +445,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 remember_layer(layers[name], curvature, self.state)
         self._now = proposal.curvature
         self._clock["news"] = 0
+        if self._engine.labels is not None:
+            self._clock.update(capacity=self._engine.labels.capacity, scale=self._engine.labels.scale)
         self._clock["averaged"] = int(proposal.averages is not None)
         if proposal.averages is not None:
             self._clock["predicted"] = 0.0  # there is no slope to compare it with
@@ -458,15 +459,15 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _rest_of_groups(self, moved: Mapping[int, int]) -> Iterator[tuple[list[nn.Parameter], dict[str, Any]]]:
         """The parameters that a first-order rule steps, being those not ``moved`` whole, and its settings."""
-        share = self._clock["share"] if self._shares else 1.0
+        share = self.step_size.share_of_pretrained({}) if self._shared else 1.0
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                chosen, settings = group["params"], group
+                chosen, settings, given = group["params"], group, group["own_lr"]
             else:
                 rest = (p for p in group["params"] if moved.get(id(p), 0) < p.numel())
                 chosen = [p for p in rest if group["lr"] or id(p) not in self._followed]
-                settings = adamw_settings(group, self._adamw)
-            yield chosen, {**settings, "lr": share * settings["lr"]}
+                settings, given = adamw_settings(group, self._adamw), False
+            yield chosen, {**settings, "lr": share * settings["lr"]} if group["pretrained"] and not given else settings
 
     def _foresee(self) -> None:
         """Name the state of the layers that are expected: distributed checkpoints ask for it before there is a pass."""
@@ -481,11 +482,6 @@ class NaturalGradient(torch.optim.Optimizer):
         shampoo_step([p for p in parameters if id(p) in matrices], self.state, group, self._wide)
 
     # Helpers.
-
-    def _learn_share(self) -> None:
-        """At the first step that moves anything: how often learning rates count, if that is not known."""
-        if not self._clock["share"] and any(group["lr"] for group in self.param_groups):
-            self._clock["share"] = share_of(self.model, self.step_size)
 
     @property
     def _free(self) -> bool:
@@ -562,6 +558,13 @@ class NaturalGradient(torch.optim.Optimizer):
     @property
     def _momentum(self) -> float:
         return next((group["momentum"] for group in self._natural), 0.0)
+
+    def _shortened(self) -> Iterator[dict[str, Any]]:
+        """The natural groups, with the lr that counts."""
+        share = self.step_size.share_of_pretrained(self._clock["memory"])
+        for group in self._natural:
+            shorter = group["pretrained"] and not group["own_lr"] and share != 1.0
+            yield {**group, "lr": share * group["lr"]} if shorter else group
 
     @property
     def _natural(self) -> list[dict[str, Any]]:
@@ -640,6 +643,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self._learn_layers()
             raise ValueError(str(error)) from error
         self._now, self._report, self._gauge = now, {}, Gauge.of(self._clock)
+        if self._engine.labels is not None:
+            self._engine.labels.capacity, self._engine.labels.scale = self._clock["capacity"], self._clock["scale"]
         for name, curvature in now.items():
             remember_layer(self._curvature.layers[name], curvature, self.state)
         self._arm()

@@ -59,17 +59,12 @@ class Moves:
 
 
 def moves_of(
-    proposal: Proposal,
-    layers: Mapping[str, Layer],
-    state: Mapping[Any, dict[str, Any]],
-    settings: Mapping[int, Any],
-    share: float = 1.0,
+    proposal: Proposal, layers: Mapping[str, Layer], state: Mapping[Any, dict[str, Any]], settings: Mapping[int, Any]
 ) -> Moves:
     """P <- mu P + alpha D, theta <- theta - lr P; what stands still, for want of a gradient or of lr, has P = 0.
 
     P is the ``momentum`` in the state of a layer's weight; ``settings`` are the groups of parameters by their ids.
-    Where D comes from averaged gradients, P is that average, and theta <- theta - lr alpha D. Weight decay goes with a
-    ``share`` of their learning rates, as the one of the proposal does already.
+    Where D comes from averaged gradients, P is that average, and theta <- theta - lr alpha D.
     """
     mu, alpha = proposal.decision.mu, proposal.decision.alpha
     moves = Moves([], [])
@@ -98,7 +93,7 @@ def moves_of(
             step = torch.add(mu * P, D, alpha=alpha) if group["nesterov"] else P
         for p, view, change in zip(parameters, layer.views, layer.unpack(step), strict=True):
             own = settings.get(id(p), group)
-            decay = 1 - share * own["lr"] * own["weight_decay"] if own["weight_decay"] else 1.0
+            decay = 1 - own["lr"] * own["weight_decay"] if own["weight_decay"] else 1.0
             relative = 1.0 if own is group or not group["lr"] else own["lr"] / group["lr"]
             moves.changes.append(_change(p, view, decay, change, -proposal.lr * relative))
     return moves

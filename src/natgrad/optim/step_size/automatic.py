@@ -75,11 +75,6 @@ class Automatic(StepSize):
         return self.noisy.lr
 
     @property
-    def share_of_pretrained(self) -> float:  # type: ignore[override]
-        """That of ``noisy``."""
-        return self.noisy.share_of_pretrained
-
-    @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         """As ``precise``."""
         return self.precise.needs_inputs
@@ -102,9 +97,13 @@ class Automatic(StepSize):
         """As the policy in use."""
         return self._now(memory).averages(memory)
 
-    def unit(self, memory: Memory, share: float) -> float:
-        """1 / lr of ``noisy`` for the model, so that its own lr is 1 by default: it finds its own lengths."""
-        return self.precise.lr / self.noisy.lr if memory.get("precise", 0.0) else self.noisy.unit(memory, share)
+    def unit(self, memory: Memory) -> float:
+        """1 / lr of ``noisy`` for the model, so that its own lr is 1 by default."""
+        return self.precise.lr / self.noisy.lr if memory.get("precise", 0.0) else 1.0
+
+    def share_of_pretrained(self, memory: Memory) -> float:
+        """As the policy in use."""
+        return self._now(memory).share_of_pretrained(memory)
 
     def prepare(self, directions: Directions, damping: float, memory: Memory) -> Directions:
         """As the policy in use."""

@@ -70,7 +70,6 @@ class StepSize(ABC):
     chooses_momentum = False  # or takes it from the settings
     needs_inputs = False  # whether the model is run again, on its own inputs
     lr = 1.0  # the default learning rate under this policy
-    share_of_pretrained = 1.0  # of any learning rate, for a model that is trained further
 
     def geometry(self, memory: Memory) -> Geometry:
         """In which norm the step is the steepest: by default the natural gradient's."""
@@ -80,9 +79,13 @@ class StepSize(ABC):
         """The decay of an average of gradients that is taken before the map, or ``None`` where P are directions."""
         return None
 
-    def unit(self, memory: Memory, share: float) -> float:
-        """What a learning rate is multiplied by, for a model whose learning rates count ``share`` times."""
-        return share
+    def unit(self, memory: Memory) -> float:
+        """What a learning rate is multiplied by."""
+        return 1.0
+
+    def share_of_pretrained(self, memory: Memory) -> float:
+        """What a learning rate that was not given is multiplied by, for weights that have learnt something before."""
+        return 1.0
 
     def needs_samples(self, memory: Memory) -> bool:
         """Whether the next step's products read the captured samples."""

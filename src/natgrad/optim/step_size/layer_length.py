@@ -55,7 +55,8 @@ class LayerLength(StepSize):
     schedule holds it.
 
     On batches of less than ``large`` loss terms (of a likelihood; the most that a step has had) alpha has a factor
-    (terms / large)^(1/4) then, too: the fewer there are, the more of a step is noise. ``large=None`` for none of that.
+    (terms / large)^(1/4), unless a schedule holds the learning rate from the first step: the fewer there are, the more
+    of a step is noise. ``large=None`` for none of that.
 
     Without an lr of the user's, learning rates count a twentieth for a model that has learnt something before: its
     weights are worth more than random ones, and gradients of what is left to learn are mostly noise.
@@ -72,7 +73,6 @@ class LayerLength(StepSize):
 
     chooses_momentum = True
     lr = 0.02
-    share_of_pretrained = 0.05  # as 5e-5, where AdamW fine-tunes by custom, is of its 1e-3
 
     def __post_init__(self) -> None:
         """Refuse settings outside their range."""
@@ -84,6 +84,10 @@ class LayerLength(StepSize):
     def geometry(self, memory: Memory) -> Geometry:
         """That of the settings."""
         return self.norm
+
+    def share_of_pretrained(self, memory: Memory) -> float:
+        """As 5e-5, where AdamW fine-tunes by custom, is of its 1e-3."""
+        return 0.05
 
     def averages(self, memory: Memory) -> float | None:
         """The momentum."""
@@ -102,7 +106,8 @@ class LayerLength(StepSize):
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
             longest = directions.reach(_SEEN).clamp(min=0) / self.lr
-            parts = torch.where((longest < _NEAR * lengths).any(), (longest < lengths).sum(), 1)
+            bounded = 1 if directions.joint else (longest < lengths).sum()
+            parts = torch.where((longest < _NEAR * lengths).any(), bounded, 1)
             lengths = torch.minimum(lengths, longest / parts)
         return directions.scaled(lengths)
 
@@ -115,10 +120,11 @@ class LayerLength(StepSize):
         settled = now.memory.get("settled", 0.0)
         warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         terms = max(now.memory.get("terms", 0.0), now.terms)
+        held = now.memory.get("held", float(now.scheduled))  # from the start
         alpha = warmed / self.warm_up
         if self.settle is not None:
             alpha /= 1 + settled / self.settle
-        if self.large is not None and terms and not now.scheduled:
+        if self.large is not None and terms and not held:
             alpha *= min(1.0, (terms / self.large) ** 0.25)
-        known = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms}
+        known = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms, "held": held}
         return Decision(alpha, 0.0, memory={**now.memory, **known})
