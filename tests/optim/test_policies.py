@@ -24,6 +24,7 @@ from natgrad import (
     Categorical,
     Constant,
     ExactQuadraticModel,
+    Gaussian,
     KLLimit,
     LayerLength,
     LevenbergMarquardt,
@@ -393,6 +394,33 @@ def test_steps_on_small_batches_are_shorter() -> None:
     assert alphas(LayerLength(), 16, 1, scheduled=(True, True)) == [1.0, 1.0]  # a schedule sets lengths itself
     assert alphas(LayerLength(), 16, 16, scheduled=(False, True)) == [0.5, 0.5]  # lr was halved by hand
     assert alphas(LayerLength(), 16, 16, scheduled=(True, False)) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("momentum", "steady", "noise"), [
+    (0.95, 0.1, 1.0), (0.95, 0.2, 1.0), (0.95, 0.5, 0.5), (0.95, 0.8, 0.0), (0.95, 1.0, 0.0), (0.0, 1.0, 1.0),
+])  # fmt: skip
+def test_steps_become_shorter_by_the_noise_in_them(momentum: float, steady: float, noise: float) -> None:
+    policy = LayerLength(momentum=momentum, settle=10.0, large=256.0)
+    memory = {"warmed": 5.0, "settled": 10.0}
+    decided = policy.decide(Situation({"steady": steady}, lr=0.02, memory=memory, terms=16))
+    assert decided.alpha == pytest.approx(0.5 * 0.5**noise)
+    assert decided.memory["settled"] == pytest.approx(10 + noise)
+
+
+def test_targets_of_scale_a_hundred_are_reached_as_by_adamw() -> None:
+    x = torch.randn(1024, 10, generator=torch.Generator().manual_seed(0))
+    y = 100 * (x[:, :1] * x[:, 1:2] + x[:, 2:3])
+    final = []
+    for make in (lambda m: NaturalGradient(m, likelihood=Gaussian()), lambda m: torch.optim.AdamW(m.parameters())):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 1))
+        optimizer, order = make(model), torch.Generator().manual_seed(0)
+        for i in torch.randint(1024, (500, 32), generator=order):
+            optimizer.zero_grad()
+            (0.5 * (model(x[i]) - y[i]).square().sum() / 32).backward()
+            optimizer.step()
+        final.append(float(0.5 * (model(x) - y).square().mean().detach()))
+    assert final[0] < 0.7 * final[1]  # 4,900 and 8,400; 8,600 where steps become shorter all the same
 
 
 @pytest.mark.parametrize(("likelihood", "terms"), [(Categorical(class_dim=-1), 2 * 8 * 5), (None, 0)])

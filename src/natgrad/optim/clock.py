@@ -13,17 +13,9 @@ Clock = dict[str, Any]
 
 def new_clock(damping: float) -> Clock:
     """Before the first step; ``capacity`` and ``scale`` are those of the likelihood, once it is seen."""
-    names = ("slope", "predicted", "last_lr", "actual", "expected")
-    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "news": 0}
-    return {
-        **start,
-        "account": {},
-        "memory": {},
-        "capacity": 1.0,
-        "scale": 1.0,
-        **dict.fromkeys(names, 0.0),
-        **Gauge().numbers(),
-    }
+    zeros = ("slope", "predicted", "last_lr", "actual", "expected")
+    start: Clock = {"steps": 0, "skipped": 0, "damping": damping, "averaged": 0, "news": 0, "account": {}, "memory": {}}
+    return {**start, "capacity": 1.0, "scale": 1.0, **dict.fromkeys(zeros, 0.0), **Gauge().numbers()}
 
 
 def remember(clock: Clock, damping: Damping, decision: Decision, drift: float, lr: float) -> dict[str, float]:

@@ -67,6 +67,7 @@ class Directions:
         metrics = [c.metric(self.M[name], self.P[name]) for name, c in self.curvature.items() if name in self.M]
         return dict(zip(("MV", "MM", "VV"), torch.stack(metrics).sum(0).unbind(), strict=True))
 
+    @cached_property
     def steadiness(self) -> Tensor:
         """One number a layer: the root mean square of X over that of the gradients M of the last hundred steps or so.
 
@@ -142,9 +143,9 @@ class Directions:
 
     def scaled(self, factors: Sequence[float] | Tensor) -> Directions:
         """The same with the D of every layer multiplied by a factor of its own."""
-        along = {"along": self.along} if "along" in self.__dict__ else {}
+        kept: dict[str, Any] = {name: self.__dict__[name] for name in ("along", "steadiness") if name in self.__dict__}
         result = replace(self, D={name: D * factor for (name, D), factor in zip(self.D.items(), factors, strict=True)})
-        result.__dict__.update(along)
+        result.__dict__.update(kept)
         if "_responses" in self.__dict__:
             by_name = dict(zip(self.D, factors, strict=True))
             result.__dict__["_responses"] = [

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _STEADY = 1.25  # times |X| / |M| is the longest: at .95 noise alone, .17, gives a little more than rms
 
+_NOISE, _AGREED = 0.2, 0.8  # |X| / |M| where a step is noise, at momentum .95, and where it is none
 _NEAR = 0.02  # of its length, where a layer's minimum is so near that others count
 _SEEN = 0.01  # of the capacity: a layer whose step changes predictions by less is not bounded
 _WIDE = 64**0.5  # times rms lr: the most that a step moves an output
@@ -52,16 +53,17 @@ class LayerLength(StepSize):
     alpha rises from 1 / ``warm_up`` to 1 over as many steps, while curvature is young. Without a schedule it then falls
     as 1 / (1 + steps / settle), which lets noise die out and never ends the training, as the sum has no bound;
     ``settle=None`` for none of that. Steps count here while the learning rate is what it was at first and no torch
-    schedule holds it.
+    schedule holds it, each by the noise w in it: 1 where |X| / |M|, in the mean over layers, is at most 1.25 times that
+    of pure noise (.2), and 0 where it is .8, as gradients still agree on the way.
 
     On batches of less than ``large`` loss terms (of a likelihood; the most that a step has had) alpha has a factor
-    (terms / large)^(1/4), unless a schedule holds the learning rate from the first step: the fewer there are, the more
-    of a step is noise. ``large=None`` for none of that.
+    (terms / large)^(w / 4), unless a schedule holds the learning rate from the first step: the fewer there are, the
+    more of a step is noise. ``large=None`` for none of that.
 
     Without an lr of the user's, learning rates count a twentieth for a model that has learnt something before: its
     weights are worth more than random ones, and gradients of what is left to learn are mostly noise.
 
-    Memory: one block a layer. Cost: that of ``norm``; nothing more is read.
+    Memory: one block a layer. Cost: that of ``norm``; one number more is read.
     """
 
     rms: float = 0.2
@@ -101,7 +103,7 @@ class LayerLength(StepSize):
             means = sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
         tiny = torch.finfo(means.dtype).tiny
         widest = _WIDE * self.rms / directions.inputs()
-        wanted = torch.minimum(_STEADY * directions.steadiness(), widest).clamp(max=self.rms)
+        wanted = torch.minimum(_STEADY * directions.steadiness, widest).clamp(max=self.rms)
         wanted = wanted.mean() if directions.joint else wanted
         lengths = (wanted / means.clamp(min=tiny).sqrt()).expand(len(directions.D))
         if directions.labels is not None:
@@ -112,11 +114,18 @@ class LayerLength(StepSize):
         return directions.scaled(lengths)
 
     def products(self, directions: Directions, damping: float, memory: Memory) -> Mapping[str, Tensor]:
-        """None."""
-        return {}
+        """The mean steadiness of the layers."""
+        return {"steady": directions.steadiness.clamp(max=1).mean()}
+
+    def _noise(self, steady: float) -> float:
+        """How much of a step is noise, for what the average has left of the gradients; averages of pure noise have
+        ((1 - momentum) / (1 + momentum))^(1/2)."""
+        least = _NOISE * (39 * (1 - self.momentum) / (1 + self.momentum)) ** 0.5
+        return 1.0 if least >= _AGREED else 1 - min(max((steady - least) / (_AGREED - least), 0.0), 1.0)
 
     def decide(self, now: Situation) -> Decision:
         """alpha = 1, or what is left of it: while curvature is young, on small batches, without a schedule."""
+        noise = self._noise(now.read.get("steady", 0.0))
         settled = now.memory.get("settled", 0.0)
         warmed = min(now.memory.get("warmed", 0.0) + 1, self.warm_up)
         terms = max(now.memory.get("terms", 0.0), now.terms)
@@ -125,6 +134,6 @@ class LayerLength(StepSize):
         if self.settle is not None:
             alpha /= 1 + settled / self.settle
         if self.large is not None and terms and not held:
-            alpha *= min(1.0, (terms / self.large) ** 0.25)
-        known = {"warmed": warmed, "settled": settled + (not now.scheduled), "terms": terms, "held": held}
+            alpha *= min(1.0, (terms / self.large) ** (0.25 * noise))
+        known = {"warmed": warmed, "settled": settled + noise * (not now.scheduled), "terms": terms, "held": held}
         return Decision(alpha, 0.0, memory={**now.memory, **known})
