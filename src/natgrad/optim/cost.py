@@ -210,8 +210,16 @@ _FACTORISATIONS: dict[Any, Callable[..., float]] = {
     aten._linalg_svd: _cubes(20),
 }
 _QUESTIONS = {aten.eq, aten.ne, aten.gt, aten.ge, aten.lt, aten.le, aten.isfinite, aten.bitwise_and, aten.bitwise_or}
-_ELEMENTWISE = {aten.mul, aten.add, aten.sub, aten.div, aten.abs, aten.clamp, aten.pow, aten.sqrt, aten.reciprocal} | {
-    *_QUESTIONS
+_ELEMENTWISE = _QUESTIONS | {
+    aten.mul,
+    aten.add,
+    aten.sub,
+    aten.div,
+    aten.abs,
+    aten.clamp,
+    aten.pow,
+    aten.sqrt,
+    aten.reciprocal,
 }
 _COUNTED_HIGH = {aten._linalg_eigh, aten._linalg_svd}
 # One core, 50 to 100 GFLOP/s: Cholesky, its inverse and solves run at .07, .25 and .5 of a product's speed for sides

@@ -115,6 +115,11 @@ def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:
     return [params] if isinstance(params, nn.Parameter) else list(params)
 
 
+def shortened(settings: dict[str, Any], share: float, counts: bool) -> dict[str, Any]:
+    """The settings with a ``share`` of their lr, where it ``counts``."""
+    return {**settings, "lr": share * settings["lr"]} if counts and share != 1.0 else settings
+
+
 def adamw_settings(group: Mapping[str, Any], adamw: Mapping[str, Any]) -> dict[str, Any]:
     """The AdamW rule for layers of a natural ``group`` that were never seen: its lr follows the group's schedule."""
     left = group["lr"] / group["first_lr"] if group["first_lr"] else float(bool(group["lr"]))

@@ -30,7 +30,7 @@ from natgrad.optim.damping import Damping
 from natgrad.optim.directions import Directions
 from natgrad.optim.fallback import Watch, without_samples
 from natgrad.optim.finiteness import finiteness, norm
-from natgrad.optim.groups import adamw_settings, build_groups, extended, within
+from natgrad.optim.groups import adamw_settings, build_groups, extended, shortened, within
 from natgrad.optim.layerwise import Layerwise, State, blocks
 from natgrad.optim.precision import Precision
 from natgrad.optim.pretrained import ask
@@ -467,7 +467,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 rest = (p for p in group["params"] if moved.get(id(p), 0) < p.numel())
                 chosen = [p for p in rest if group["lr"] or id(p) not in self._followed]
                 settings, given = adamw_settings(group, self._adamw), False
-            yield chosen, {**settings, "lr": share * settings["lr"]} if group["pretrained"] and not given else settings
+            yield chosen, shortened(settings, share, group["pretrained"] and not given)
 
     def _foresee(self) -> None:
         """Name the state of the layers that are expected: distributed checkpoints ask for it before there is a pass."""
@@ -563,8 +563,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """The natural groups, with the lr that counts."""
         share = self.step_size.share_of_pretrained(self._clock["memory"])
         for group in self._natural:
-            shorter = group["pretrained"] and not group["own_lr"] and share != 1.0
-            yield {**group, "lr": share * group["lr"]} if shorter else group
+            yield shortened(group, share, group["pretrained"] and not group["own_lr"])
 
     @property
     def _natural(self) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ class LayerLength(StepSize):
 
     def _noise(self, steady: float) -> float:
         """How much of a step is noise, for what the average has left of the gradients; averages of pure noise have
-        ((1 - momentum) / (1 + momentum))^(1/2)."""
+        ((1 - momentum) / (1 + momentum))^(1/2), which is 39^(-1/2) at .95."""
         least = _NOISE * (39 * (1 - self.momentum) / (1 + self.momentum)) ** 0.5
         return 1.0 if least >= _AGREED else 1 - min(max((steady - least) / (_AGREED - least), 0.0), 1.0)
 
